@@ -1,0 +1,172 @@
+"""Options of δ-SAM beside those of the component it wraps, flat as fairseq users write them.
+
+``--optimizer delta_sam --base-optimizer adam --adam-betas '(0.9, 0.98)'`` must mean to adam what it meant before. So
+the configuration of δ-SAM is its own fields and, beside them, the options of every component of the registry, all
+"not given" by default: what was given goes to the chosen base, which fills in its own defaults. In a checkpoint this
+is plain data, so that fairseq reads it without the plugin.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
+from typing import Any
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass.utils import gen_parser_from_dataclass, merge_with_parent
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_REGISTRY
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+NAME = "delta_sam"
+
+
+class BaseOptions:
+    """The options of all components of one fairseq registry, as δ-SAM's configuration carries them.
+
+    Args:
+        registry: ``optimizer`` or ``criterion``.
+        own: the dataclass with δ-SAM's own options, among them ``base_<registry>``.
+    """
+
+    def __init__(self, registry: str, own: type[FairseqDataclass]) -> None:
+        self.registry = registry
+        self.own = own
+
+    @property
+    def components(self) -> dict[str, type]:
+        """All registered components but δ-SAM itself, by name."""
+        return {name: cls for name, cls in REGISTRIES[self.registry]["registry"].items() if name != NAME}
+
+    def dataclass_of(self, name: str) -> type[FairseqDataclass] | None:
+        """The configuration dataclass of a component; None where it still uses argparse."""
+        return REGISTRIES[self.registry]["dataclass_registry"].get(name)
+
+    def options_of(self, name: str) -> set[str]:
+        """The names of all options of a component."""
+        dataclass = self.dataclass_of(name)
+        if dataclass is None:
+            return {action.dest for action in _actions(self.components[name])}
+        return {field.name for field in dataclasses.fields(dataclass) if not field.name.startswith("_")}
+
+    def config_class(self) -> type[FairseqDataclass]:
+        """δ-SAM's own options, and every option of every registered component with default None: not given."""
+        own = {field.name for field in dataclasses.fields(self.own)}
+        names = sorted({option for name in self.components for option in self.options_of(name)} - own)
+        return dataclasses.make_dataclass(
+            self.own.__name__,
+            [(name, Any, dataclasses.field(default=None)) for name in names],
+            bases=(self.own,),
+        )
+
+    def refresh(self) -> None:
+        """Register the configuration anew, with the components that were registered meanwhile."""
+        dataclass = self.config_class()
+        REGISTRIES[self.registry]["dataclass_registry"][NAME] = dataclass
+        node = dataclass()
+        node._name = NAME
+        ConfigStore.instance().store(name=NAME, group=self.registry, node=node, provider="fairseq")
+
+    def add_args(self, parser: ArgumentParser) -> None:
+        """Add all options to a command line; what is not given stays absent, so that no default hides another."""
+        self.refresh()
+        gen_parser_from_dataclass(parser, self.own())
+        group = parser.add_argument_group(f"options of the base {self.registry}")
+        for component in self.components.values():
+            for action in _actions(component):
+                action.default = SUPPRESS
+                action.required = False
+                try:
+                    group._add_action(action)
+                except ArgumentError:
+                    pass  # the same option of another component, or of the task or model: one value serves both
+
+    def base_config(self, cfg: DictConfig) -> tuple[str, type, DictConfig | Namespace]:
+        """What the chosen base would have been given without δ-SAM.
+
+        Args:
+            cfg: δ-SAM's section of the configuration, inside the whole configuration where there is one.
+
+        Returns:
+            Name and class of the base, and its configuration: merged into its dataclass, or a flat namespace for
+            components that still use argparse.
+
+        Raises:
+            ValueError: no such base, an option that the base does not have, or a required one that is missing.
+        """
+        base = cfg[f"base_{self.registry}"]
+        if base not in self.components:
+            raise ValueError(
+                f"Unknown base_{self.registry}={base!r} (--base-{self.registry}). "
+                f"Choose one of: {', '.join(sorted(self.components))}."
+            )
+        own = {field.name for field in dataclasses.fields(self.own)}
+        content = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(content, dict)
+        given = {str(key): value for key, value in content.items() if key not in own and value is not None}
+        options = self.options_of(base)
+        others = set().union(*(_options_of_section(cfg, name) for name in _root(cfg) if name != self.registry))
+        for name in sorted(given.keys() - options - others):
+            owners = [component for component in self.components if name in self.options_of(component)]
+            raise ValueError(
+                f"Invalid option {name}={given[name]!r}: the base {self.registry} {base!r} has no such option. "
+                f"Remove it, or choose a base that has it: {', '.join(owners)}."
+            )
+        given = {name: value for name, value in given.items() if name in options}
+        dataclass = self.dataclass_of(base)
+        if dataclass is None:
+            return base, self.components[base], self._namespace(cfg, base, given)
+        section = OmegaConf.create({**given, "_name": base}, flags={"allow_objects": True})
+        section.__dict__["_parent"] = cfg.__dict__["_parent"]
+        return base, self.components[base], merge_with_parent(dataclass(), section)
+
+    def _namespace(self, cfg: DictConfig, base: str, given: dict[str, Any]) -> Namespace:
+        flat: dict[str, Any] = {}
+        for name in _root(cfg):
+            flat.update(_section(cfg, name))
+        for action in _actions(self.components[base]):
+            if action.required and action.dest not in given:
+                raise ValueError(
+                    f"Missing {'/'.join(action.option_strings)}: the base {self.registry} {base!r} requires it."
+                )
+            flat[action.dest] = action.default
+        return Namespace(**{**flat, **given, self.registry: base, "_name": base})
+
+
+def _actions(component: type) -> list[Action]:
+    """The command-line options of a component, fresh copies, not attached to any parser in use."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    add_args = getattr(component, "add_args", None)
+    dataclass = getattr(component, "__dataclass", None)
+    if add_args is not None:
+        add_args(parser)
+    elif dataclass is not None:
+        gen_parser_from_dataclass(parser, dataclass())
+    return list(parser._actions)
+
+
+def _root(cfg: DictConfig) -> DictConfig:
+    root = cfg._get_root()
+    return root if root is not cfg else OmegaConf.create({})
+
+
+def _section(cfg: DictConfig, name: str) -> dict[str, Any]:
+    section = _root(cfg)._get_node(name)
+    value = section._value() if section is not None and not isinstance(section, DictConfig) else section
+    if isinstance(value, Namespace):
+        return dict(vars(value))
+    if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+        return {str(key): item for key, item in OmegaConf.to_container(value, resolve=True).items()}  # type: ignore
+    return {}
+
+
+def _options_of_section(cfg: DictConfig, name: str) -> set[str]:
+    """The options that another section of the configuration owns: a flat command line gives them to both."""
+    section = _root(cfg)._get_node(name)
+    if isinstance(section, DictConfig):
+        return set(_section(cfg, name))
+    content = _section(cfg, name)  # a namespace holds the whole command line: ask its class which part is its own
+    owner = {"task": TASK_REGISTRY, "model": ARCH_MODEL_REGISTRY}.get(name, {}).get(content.get("_name"))
+    return {action.dest for action in _actions(owner)} if owner is not None else set()

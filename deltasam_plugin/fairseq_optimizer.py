@@ -1,0 +1,189 @@
+"""fairseq's ``--optimizer delta_sam``: the base optimizer itself, with the settings of δ-SAM attached.
+
+The sharpness-aware gradient comes from the criterion (see ``gradient``), so the optimizer has nothing to do but to be
+the base optimizer. The object that fairseq gets is an instance of the base's class under the base's own name: its
+checkpoints continue runs of the base optimizer, and the other way round.
+"""
+
+import weakref
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from fairseq.dataclass import FairseqDataclass
+from fairseq.optim import FairseqOptimizer, register_optimizer
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from deltasam_plugin.fairseq_config import NAME, BaseOptions
+from deltasam_plugin.perturbation import Weight
+from deltasam_plugin.settings import PERTURBATIONS, Settings
+from deltasam_plugin.weighting import WEIGHTINGS
+
+
+@dataclass
+class DeltaSAMOptimizerConfig(FairseqDataclass):
+    base_optimizer: str = field(default="adam", metadata={"help": "optimizer that takes the step, by its fairseq name"})
+    sam_rho: float = field(
+        default=Settings.rho, metadata={"help": "radius of the perturbation: L2 norm in parameter space"}
+    )
+    sam_weighting: str = field(
+        default=Settings.weighting,
+        metadata={"help": f"weights of the samples in the ascent: {', '.join(WEIGHTINGS)} (uniform is plain SAM)"},
+    )
+    sam_probes: int = field(
+        default=Settings.probes, metadata={"help": "curvature probes per batch, two forward passes each"}
+    )
+    sam_probe_scale: float = field(
+        default=Settings.probe_scale,
+        metadata={"help": "length of a probe's displacement as a fraction of the L2 norm of the weights"},
+    )
+    sam_perturbation: str = field(
+        default=Settings.perturbation, metadata={"help": f"what is perturbed: {', '.join(PERTURBATIONS)}"}
+    )
+
+
+OPTIONS = BaseOptions("optimizer", DeltaSAMOptimizerConfig)
+
+_latest: "weakref.ref[SharpnessAwareOptimizer] | None" = None
+
+
+def active_optimizer() -> "SharpnessAwareOptimizer":
+    """The δ-SAM optimizer of this process, the one that was built last.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    optimizer = _latest() if _latest is not None else None
+    if optimizer is None:
+        raise RuntimeError(
+            "Criterion 'delta_sam' trains without its optimizer. Did you forget --optimizer delta_sam "
+            "(with --base-optimizer for the optimizer you had)?"
+        )
+    return optimizer
+
+
+class SharpnessAwareOptimizer(FairseqOptimizer):
+    """Mixed into the class of the base optimizer by :func:`sharpness_aware`: settings, and whose masters they are."""
+
+    settings: Settings
+    _given: list[Tensor]
+    _weights: tuple[list[nn.Module], list[Weight]] | None = None
+
+    def weights(self, *modules: nn.Module) -> list[Weight]:
+        """The trainable parameters of `modules`, each with the optimizer's fp32 copy of it where there is one.
+
+        Args:
+            modules: model and criterion, in the order in which fairseq's trainer collects their parameters.
+
+        Raises:
+            RuntimeError: the optimizer holds something else than these parameters or copies of them.
+        """
+        if self._weights is None or self._weights[0] != list(modules):
+            parameters = [p for p in chain(*(module.parameters() for module in modules)) if p.requires_grad]
+            self._weights = (list(modules), pair_masters(parameters, self._given))
+        return self._weights[1]
+
+
+def pair_masters(parameters: list[Tensor], given: list[Tensor]) -> list[Weight]:
+    """Match the model's parameters with what the optimizer was given.
+
+    Args:
+        parameters: of the model, in fairseq's order, each once.
+        given: the same tensors, or a copy of each in the same order, or all of them flattened into one.
+
+    Returns:
+        One weight per parameter; views into the flattened copy where that is what the optimizer has.
+
+    Raises:
+        RuntimeError: neither of these.
+    """
+    if {id(p) for p in parameters} == {id(p) for p in given}:
+        return [Weight(parameter) for parameter in parameters]
+    if [p.shape for p in parameters] == [p.shape for p in given]:
+        return [Weight(parameter, master) for parameter, master in zip(parameters, given, strict=True)]
+    if len(given) == 1 and given[0].numel() == sum(p.numel() for p in parameters):
+        parts = given[0].detach().split([p.numel() for p in parameters])
+        return [Weight(p, part.view_as(p)) for p, part in zip(parameters, parts, strict=True)]
+    raise RuntimeError(
+        f"The optimizer holds {len(given)} tensors with {sum(p.numel() for p in given)} elements, the model and "
+        f"criterion {len(parameters)} trainable ones with {sum(p.numel() for p in parameters)}. δ-SAM must find every "
+        "parameter whole in this process: sharded, pipelined or partly frozen optimizers are not supported. "
+        "Use --ddp-backend legacy_ddp or pytorch_ddp without sharding."
+    )
+
+
+def sharpness_aware(base: type[FairseqOptimizer]) -> type[SharpnessAwareOptimizer]:
+    """The class of the base optimizer, under its own name, with δ-SAM's settings.
+
+    The name is the base's because fairseq compares it with the one in a checkpoint.
+    """
+    return type(base.__name__, (SharpnessAwareOptimizer, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+@register_optimizer(NAME, dataclass=DeltaSAMOptimizerConfig)
+class FairseqDeltaSAM(FairseqOptimizer):
+    """What fairseq's registry knows; :meth:`build_optimizer` returns the base optimizer with settings."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """Add δ-SAM's options and those of all base optimizers to a command line."""
+        OPTIONS.add_args(parser)
+
+    @classmethod
+    def build_optimizer(cls, cfg: DictConfig, params: list[Tensor]) -> SharpnessAwareOptimizer:
+        """Build the base optimizer for `params`.
+
+        Raises:
+            ValueError: an option is out of range, the base does not exist, the criterion is not δ-SAM's, or
+                parameters would be sharded.
+        """
+        global _latest
+        settings = Settings(
+            cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation
+        )
+        refuse_unsupported(cfg._get_root())
+        _, base, base_cfg = OPTIONS.base_config(cfg)
+        params = list(params)
+        optimizer: Any = sharpness_aware(base)(base_cfg, params)
+        optimizer.settings = settings
+        optimizer._given = params
+        _latest = weakref.ref(optimizer)
+        return optimizer
+
+
+OPTIONS.refresh()
+
+
+def refuse_unsupported(root: DictConfig) -> None:
+    """Refuse at start-up what would train something else than δ-SAM.
+
+    Args:
+        root: the whole configuration; sections that are absent are not looked at.
+
+    Raises:
+        ValueError: with value, rule and remedy.
+    """
+    names = {section: _name(root.get(section)) for section in ("optimizer", "criterion")}
+    if names["optimizer"] == NAME and names["criterion"] not in (None, NAME):
+        raise ValueError(
+            f"Optimizer 'delta_sam' with criterion {names['criterion']!r}: it needs per-sample losses. "
+            f"Use --criterion delta_sam --base-criterion {names['criterion']}."
+        )
+    if names["criterion"] == NAME and names["optimizer"] not in (None, NAME):
+        raise ValueError(
+            f"Criterion 'delta_sam' with optimizer {names['optimizer']!r}: its gradient is computed for 'delta_sam'. "
+            f"Use --optimizer delta_sam --base-optimizer {names['optimizer']}."
+        )
+    backend = str((root.get("distributed_training") or {}).get("ddp_backend"))
+    if backend == "fully_sharded":
+        raise ValueError(
+            f"Invalid ddp_backend={backend!r} (--ddp-backend): δ-SAM needs every parameter whole in each process. "
+            "Use legacy_ddp or pytorch_ddp."
+        )
+
+
+def _name(section: Any) -> str | None:
+    name = section if isinstance(section, str) else getattr(section, "_name", None)
+    return None if name is None else str(name)

@@ -1,0 +1,133 @@
+"""δ-SAM around any torch optimizer, for training loops without fairseq."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from deltasam_plugin.gradient import Statistics, sharpness_aware_loss
+from deltasam_plugin.perturbation import Weight
+from deltasam_plugin.settings import Settings
+
+STEP = "delta_sam_step"
+
+
+class DeltaSAM(Optimizer):
+    r"""Sharpness-aware minimization with dynamic reweighting around a base optimizer.
+
+    .. math:: w \leftarrow \mathrm{base}\Bigl(w,\ \tfrac1B \sum_i \nabla\ell_i(w + \epsilon)\Bigr),\qquad
+              \epsilon = \rho\,\frac{\sum_i v_i g_i}{\|\sum_i v_i g_i\|}
+
+    ``param_groups``, ``state`` and ``state_dict`` are the base optimizer's own, so that learning-rate schedulers and
+    checkpoints see the base optimizer; the number of steps taken travels in the first parameter group.
+
+    Args:
+        params: parameters or parameter groups, as for any torch optimizer.
+        base_optimizer: class of the base optimizer, e.g. ``torch.optim.AdamW``.
+        rho: radius, L2 norm of the perturbation in parameter space.
+        weighting: ``curvature`` or ``uniform`` (plain SAM).
+        probes: number of curvature probes per step, two forward passes each.
+        probe_scale: length of a probe's displacement as a fraction of the weights' L2 norm.
+        perturbation: ``batch``, one perturbation for the whole batch.
+        **base_options: options of the base optimizer, by their own names.
+
+    Raises:
+        ValueError: an option is out of range; the message names value, rule and remedy.
+
+    Example:
+        >>> optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+        >>> loss = optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+
+    Reference: Zhou, Liu, Zhang, Chen. δ-SAM: Sharpness-Aware Minimization with Dynamic Reweighting. Findings of
+    EMNLP 2022.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: type[Optimizer],
+        rho: float = Settings.rho,
+        weighting: str = Settings.weighting,
+        probes: int = Settings.probes,
+        probe_scale: float = Settings.probe_scale,
+        perturbation: str = Settings.perturbation,
+        **base_options: Any,
+    ) -> None:
+        # Deliberately without super().__init__(): there is one state, and it is the base optimizer's.
+        self.settings = Settings(rho, weighting, probes, probe_scale, perturbation)
+        self.base_optimizer = base_optimizer(params, **base_options)
+        self.statistics: Statistics | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.settings}, {self.base_optimizer!r})"
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base optimizer's defaults."""
+        return self.base_optimizer.defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict."""
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of the base optimizer, whether it trained under δ-SAM or alone."""
+        self.base_optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer."""
+        self.base_optimizer.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients."""
+        self.base_optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+        """One update: gradient at the perturbed weights, step of the base optimizer at the weights themselves.
+
+        Args:
+            closure: forward pass without backward; returns the per-sample losses, shape (B,). It is run once for the
+                ascent, once at the perturbed weights and twice per probe, with the same random numbers each time.
+
+        Returns:
+            The mean of the losses at w, detached. What else was measured is in ``self.statistics``.
+
+        Raises:
+            ValueError: the closure did not return one loss per sample.
+            Whatever the closure raises, with the weights as they were.
+        """
+
+        def first() -> tuple[Tensor, Tensor]:
+            losses = closure()
+            return losses.mean(), losses
+
+        group = self.param_groups[0]
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        self.zero_grad()
+        with torch.enable_grad():
+            loss, self.statistics = sharpness_aware_loss(
+                first,
+                lambda: closure().mean(),
+                [Weight(parameter) for parameter in parameters],
+                parameters,
+                self.settings,
+                group.get(STEP, 0),
+            )
+            loss.backward()
+        self.base_optimizer.step()
+        group[STEP] = group.get(STEP, 0) + 1
+        return loss.detach()

@@ -1,0 +1,144 @@
+r"""Move the weights, and put them back bit for bit.
+
+Weights are written through ``.data``: autograd's version check must not see a move that is undone before anything is
+read again. What was moved is recorded in a copy beforehand and copied back in ``finally``; it is never recomputed by
+subtraction and never inferred from which parameters happen to have a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of the model, and the full-precision copy that the optimizer keeps of it, where there is one.
+
+    Args:
+        parameter: what the forward pass reads.
+        master: same shape, fp32, or None where the optimizer works on `parameter` itself. In half precision a small
+            perturbation is far below the spacing of the weights: it is added to the master and then rounded, so that it
+            survives on average, and not added to the rounded weight, where it would be lost.
+    """
+
+    parameter: Tensor
+    master: Tensor | None = None
+
+    @property
+    def exact(self) -> Tensor:
+        """The weight in the best precision there is, detached."""
+        return self.parameter.detach() if self.master is None else self.master.detach()
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    r"""The L2 norm of all tensors together, a norm of norms.
+
+    Args:
+        tensors: any shapes, dtypes and devices; consumed one at a time.
+
+    Returns:
+        A scalar on the first tensor's device, at least fp32; zero for no tensors or only zeros, non-finite if any
+        element is.
+    """
+    norms = [tensor_norm(tensor) for tensor in tensors if tensor.numel() > 0]
+    return tensor_norm(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else torch.zeros(())
+
+
+def tensor_norm(tensor: Tensor) -> Tensor:
+    r"""The L2 norm of one tensor, :math:`m\,\sqrt{\sum_j (g_j/m)^2},\ m = \max_j |g_j|`.
+
+    With the largest magnitude factored out nothing overflows or underflows on the way, and the squares are added
+    pairwise: torch's own fp32 norm is off by 0.1 % at 20 million elements on a CPU.
+    """
+    value = widened(tensor)
+    peak = value.abs().amax()
+    unit = torch.where(peak > 0, peak, 1)
+    return unit * (value / unit).square_().sum().sqrt()
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor detached, dense and in at least fp32."""
+    tensor = tensor.detach()
+    if tensor.is_sparse:
+        tensor = tensor.to_dense()
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+@contextmanager
+def restored(weights: Sequence[Weight]) -> Iterator[list[Tensor]]:
+    """Whatever happens inside this context, the parameters are afterwards what they were, bit for bit.
+
+    Yields:
+        The copies, one per weight, to be read only.
+    """
+    saved = [weight.parameter.detach().clone() for weight in weights]
+    try:
+        yield saved
+    finally:
+        for weight, copy in zip(weights, saved, strict=True):
+            weight.parameter.data.copy_(copy)
+
+
+def displace(weights: Sequence[Weight], saved: Sequence[Tensor], steps: Iterable[Tensor | None], scale: Tensor) -> None:
+    """Set every parameter to its exact weight plus ``scale * step``; to be called inside :func:`restored`.
+
+    Args:
+        weights: what to move.
+        saved: the copies that :func:`restored` yields: a parameter without a step gets its copy back.
+        steps: one per weight, of its shape, consumed one at a time; None moves nothing.
+        scale: scalar. Where it is zero nothing moves at all, not even by rounding a master, whatever the steps hold.
+    """
+    for weight, copy, step in zip(weights, saved, steps, strict=True):
+        if step is None:
+            weight.parameter.data.copy_(copy)
+            continue
+        factor = scale.to(step.device)
+        exact = copy if weight.master is None else weight.exact
+        moved = exact + factor * widened(step)
+        weight.parameter.data.copy_(torch.where(factor != 0, moved.to(copy.dtype), copy))
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """What became of an ascent step: scalars on the weights' device.
+
+    Attributes:
+        gradient_norm: L2 norm of the ascent gradient, 0 where it was not finite.
+        moved: L2 norm by which the parameters really moved, after rounding to their precision.
+        skipped: 1 where the gradient was zero or non-finite and nothing moved, else 0.
+    """
+
+    gradient_norm: Tensor
+    moved: Tensor
+    skipped: Tensor
+
+
+@contextmanager
+def ascended(weights: Sequence[Weight], gradients: list[Tensor | None], rho: float) -> Iterator[Ascent]:
+    r"""Within this context the weights are :math:`w + \epsilon,\ \epsilon = \rho\,g/\|g\|`; afterwards they are w.
+
+    Nothing waits for the device: a zero or non-finite gradient is told apart on it, and gives :math:`\epsilon = 0`.
+
+    Args:
+        weights: all that may move.
+        gradients: g, one per weight, of its shape; None counts as zero. Emptied, so that the context holds one copy of
+            the weights and nothing more.
+        rho: radius, L2 norm in parameter space.
+
+    Reference: Foret et al. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
+    """
+    norm = global_norm(gradient for gradient in gradients if gradient is not None)
+    usable = torch.isfinite(norm) & (norm > 0)
+    unit = torch.where(usable, norm, 1)
+    with restored(weights) as saved:
+        # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
+        steps = (None if g is None else widened(g) / unit.to(g.device) for g in gradients)
+        displace(weights, saved, steps, torch.where(usable, rho, 0.0))
+        gradients.clear()
+        differences = (widened(w.parameter) - widened(copy) for w, copy in zip(weights, saved, strict=True))
+        yield Ascent(torch.where(usable, norm, 0), global_norm(differences), (~usable).to(norm.dtype))

@@ -1,0 +1,126 @@
+"""Run a forward pass again under the conditions of its first run.
+
+A second forward pass is the first one's twin only if it draws the same random numbers (dropout, LayerDrop, masking),
+computes in the same autocast precision and leaves no trace in statistics that the model collects. This module knows
+these conditions and nothing else.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of every random number generator that a model draws from: torch, CUDA, numpy, Python."""
+
+    cpu: Tensor
+    cuda: dict[int, Tensor]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def capture(cls, devices: set[torch.device]) -> RandomState:
+        """Record all generators; of CUDA only those of `devices`."""
+        indices = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+        return cls(
+            cpu=torch.get_rng_state(),
+            cuda={index: torch.cuda.get_rng_state(index) for index in indices},
+            numpy=np.random.get_state(),
+            python=random.getstate(),
+        )
+
+    def restore(self) -> None:
+        """Set all generators back to this state."""
+        torch.set_rng_state(self.cpu)
+        for index, state in self.cuda.items():
+            torch.cuda.set_rng_state(state, index)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
+
+    def seed(self) -> int:
+        """A seed that this state determines, drawn without advancing any generator.
+
+        fairseq seeds torch anew for every update, so there it is a function of seed and update (and of the position
+        within the update as soon as anything was drawn): a resumed run meets the same seeds.
+        """
+        generator = torch.Generator()
+        generator.set_state(self.cpu)
+        drawn = int(torch.randint(2**62, (), generator=generator))
+        for state in self.cuda.values():
+            drawn ^= zlib.crc32(state.numpy().tobytes())
+        return drawn
+
+
+@contextmanager
+def frozen_batch_norm() -> Iterator[None]:
+    """Within this context batch normalisation leaves its running statistics as they were.
+
+    The layers are found as they run, by a module hook, so that a bare closure needs to name no model.
+    """
+    saved: dict[Tensor, Tensor] = {}
+
+    def remember(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+            for buffer in module.buffers(recurse=False):
+                saved.setdefault(buffer, buffer.clone())
+
+    handle = nn.modules.module.register_module_forward_pre_hook(remember)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for buffer, value in saved.items():
+            buffer.copy_(value)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a forward pass depends on beside weights and inputs: random state and autocast.
+
+    Capture it before the first run; every `with conditions.replayed():` repeats them and leaves the generators, the
+    autocast state and the batch-norm statistics as it found them.
+    """
+
+    random: RandomState
+    autocast: list[Callable[[], Any]] = field(default_factory=list)
+
+    @classmethod
+    def capture(cls, devices: set[torch.device]) -> Conditions:
+        """Record the conditions of now.
+
+        Args:
+            devices: where the model lives; CUDA generators and autocast are per device.
+        """
+        autocast = []
+        for kind in sorted({device.type for device in devices} | {"cpu"}):
+            # No weight cache: it would hand the second pass the casts of the first pass's weights.
+            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+            autocast.append(
+                lambda kind=kind, enabled=enabled, dtype=dtype: torch.autocast(
+                    kind, enabled=enabled, dtype=dtype, cache_enabled=False
+                )
+            )
+        return cls(RandomState.capture(devices), autocast)
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Repeat the captured conditions for the length of the context."""
+        before = RandomState.capture({torch.device("cuda", index) for index in self.random.cuda})
+        with ExitStack() as stack:
+            stack.callback(before.restore)
+            stack.enter_context(frozen_batch_norm())
+            for context in self.autocast:
+                stack.enter_context(context())
+            self.random.restore()
+            yield

@@ -1,0 +1,58 @@
+"""What a user can set, checked once and then never again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from deltasam_plugin.weighting import WEIGHTINGS
+
+PERTURBATIONS = ("batch",)
+
+
+@dataclass(frozen=True)
+class Settings:
+    r"""The settings of δ-SAM, validated on construction.
+
+    Args:
+        rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space.
+        weighting: name of the weighting of the samples in the ascent, one of ``WEIGHTINGS``.
+        probes: number K >= 1 of Gaussian probes averaged by the curvature weighting.
+        probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the weights
+            (dimensionless): :math:`E\|\sigma u\|^2 = (\text{probe\_scale}\,\|w\|)^2`.
+        perturbation: ``batch``, one perturbation for the whole batch.
+
+    Raises:
+        ValueError: a value breaks its rule; the message names value, rule and remedy.
+    """
+
+    rho: float = 0.05
+    weighting: str = "curvature"
+    probes: int = 1
+    probe_scale: float = 0.01
+    perturbation: str = "batch"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.rho) and self.rho >= 0):
+            raise ValueError(
+                f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; 0.05 is the usual start."
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(
+                f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}."
+            )
+        if isinstance(self.probes, bool) or int(self.probes) != self.probes or self.probes < 1:
+            raise ValueError(
+                f"Invalid probes={self.probes!r} (--sam-probes). Must be an integer >= 1; "
+                "for no probes at all use the weighting 'uniform'."
+            )
+        if not (math.isfinite(self.probe_scale) and 0 < self.probe_scale < 1):
+            raise ValueError(
+                f"Invalid probe_scale={self.probe_scale!r} (--sam-probe-scale). Must be a fraction of the norm of the "
+                "weights, between 0 and 1 exclusive; 0.01 is the default."
+            )
+        if self.perturbation not in PERTURBATIONS:
+            raise ValueError(
+                f"Unknown perturbation={self.perturbation!r} (--sam-perturbation). "
+                f"Choose one of: {', '.join(PERTURBATIONS)}."
+            )

@@ -1,0 +1,40 @@
+"""Packaging of deltasam-plugin: `pip install -c constraints.txt -e '.[fairseq,examples,test]'`."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+# PyPI's `fairseq` 0.12.2 does not import on Python 3.11 and newer; `ve-fairseq` is a wheel of fairseq's later code.
+FAIRSEQ = [
+    "ve-fairseq==0.12.3; python_version >= '3.11'",
+    "fairseq==0.12.2; python_version < '3.11'",
+    "numpy<1.24; python_version < '3.11'",  # fairseq 0.12.2 still says np.float
+]
+
+TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes through torch.utils.tensorboard
+
+EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3"]
+
+TEST = [*EXAMPLES, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+
+setup(
+    name="deltasam-plugin",
+    version="0.1.0",
+    description="Sharpness-aware minimization with dynamic reweighting (δ-SAM) for fairseq-train and for plain PyTorch",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    packages=find_packages(include=["deltasam_plugin", "deltasam_plugin.*"]),
+    package_data={"deltasam_plugin": ["py.typed"]},
+    zip_safe=False,
+    python_requires=">=3.10",
+    install_requires=["torch>=2.4"],
+    extras_require={"fairseq": FAIRSEQ, "examples": EXAMPLES, "test": TEST},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

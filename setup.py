@@ -10,6 +10,7 @@ README = Path(__file__).parent / "README.md"
 FAIRSEQ = [
     "ve-fairseq==0.12.3; python_version >= '3.11'",
     "fairseq==0.12.2; python_version < '3.11'",
+    "numpy<2; python_version >= '3.11'",  # it still says np.compat
     "numpy<1.24; python_version < '3.11'",  # fairseq 0.12.2 still says np.float
 ]
 

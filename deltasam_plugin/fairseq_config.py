@@ -1,15 +1,18 @@
 """Options of δ-SAM beside those of the component it wraps, flat as fairseq users write them.
 
 ``--optimizer delta_sam --base-optimizer adam --adam-betas '(0.9, 0.98)'`` must mean to adam what it meant before. So
-the configuration of δ-SAM is its own fields and, beside them, the options of every component of the registry, all
-"not given" by default: what was given goes to the chosen base, which fills in its own defaults. In a checkpoint this
-is plain data, so that fairseq reads it without the plugin.
+the configuration of δ-SAM is its own fields and, beside them, the options of every component of the registry, each with
+the default that all components agree on, or None. What differs from it was given, and goes to the chosen base, which
+fills in its own defaults. In a checkpoint this is plain data, so that fairseq reads it without the plugin.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
@@ -18,7 +21,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from fairseq.registry import REGISTRIES
 from fairseq.tasks import TASK_REGISTRY
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 NAME = "delta_sam"
 
@@ -44,22 +47,37 @@ class BaseOptions:
         """The configuration dataclass of a component; None where it still uses argparse."""
         return REGISTRIES[self.registry]["dataclass_registry"].get(name)
 
-    def options_of(self, name: str) -> set[str]:
-        """The names of all options of a component."""
+    def options_of(self, name: str) -> dict[str, Any]:
+        """The options of a component and their defaults; None for one that is required or refers to another section."""
         dataclass = self.dataclass_of(name)
         if dataclass is None:
-            return {action.dest for action in _actions(self.components[name])}
-        return {field.name for field in dataclasses.fields(dataclass) if not field.name.startswith("_")}
+            return {action.dest: action.default for action in _actions(self.components[name])}
+        instance = dataclass()
+        names = [field.name for field in dataclasses.fields(dataclass) if not field.name.startswith("_")]
+        defaults = {name: instance._get_default(name) for name in names}
+        elsewhere = {name for name, value in defaults.items() if value == MISSING or str(value).startswith("${")}
+        return {name: None if name in elsewhere else value for name, value in defaults.items()}
+
+    def defaults(self) -> dict[str, Any]:
+        """All options of all components, each with the default that the components agree on, else None.
+
+        Other sections may refer to them (sentence_prediction's task reads ``criterion.regression_target``), so that
+        "not given" cannot be None throughout.
+        """
+        agreed: dict[str, Any] = {}
+        for component in self.components:
+            for name, default in self.options_of(component).items():
+                agreed[name] = default if agreed.setdefault(name, default) == default else None
+        own = {field.name for field in dataclasses.fields(self.own)}
+        return {name: agreed[name] for name in sorted(agreed) if name not in own}
 
     def config_class(self) -> type[FairseqDataclass]:
-        """δ-SAM's own options, and every option of every registered component with default None: not given."""
-        own = {field.name for field in dataclasses.fields(self.own)}
-        names = sorted({option for name in self.components for option in self.options_of(name)} - own)
-        return dataclasses.make_dataclass(
-            self.own.__name__,
-            [(name, Any, dataclasses.field(default=None)) for name in names],
-            bases=(self.own,),
-        )
+        """δ-SAM's own options, and beside them every option of every registered component."""
+        options = [
+            (name, Any, dataclasses.field(default_factory=partial(copy.copy, default)))
+            for name, default in self.defaults().items()
+        ]
+        return dataclasses.make_dataclass(self.own.__name__, options, bases=(self.own,))
 
     def refresh(self) -> None:
         """Register the configuration anew, with the components that were registered meanwhile."""
@@ -70,18 +88,18 @@ class BaseOptions:
         ConfigStore.instance().store(name=NAME, group=self.registry, node=node, provider="fairseq")
 
     def add_args(self, parser: ArgumentParser) -> None:
-        """Add all options to a command line; what is not given stays absent, so that no default hides another."""
+        """Add all options to a command line; where the components disagree on a default, "not given" stays absent."""
         self.refresh()
+        defaults = self.defaults()
         gen_parser_from_dataclass(parser, self.own())
         group = parser.add_argument_group(f"options of the base {self.registry}")
         for component in self.components.values():
             for action in _actions(component):
-                action.default = SUPPRESS
+                default = defaults.get(action.dest)
+                action.default = SUPPRESS if default is None else default
                 action.required = False
-                try:
+                with suppress(ArgumentError):  # another component, the task or the model has it: one value serves all
                     group._add_action(action)
-                except ArgumentError:
-                    pass  # the same option of another component, or of the task or model: one value serves both
 
     def base_config(self, cfg: DictConfig) -> tuple[str, type, DictConfig | Namespace]:
         """What the chosen base would have been given without δ-SAM.
@@ -102,14 +120,12 @@ class BaseOptions:
                 f"Unknown base_{self.registry}={base!r} (--base-{self.registry}). "
                 f"Choose one of: {', '.join(sorted(self.components))}."
             )
-        own = {field.name for field in dataclasses.fields(self.own)}
-        content = OmegaConf.to_container(cfg, resolve=True)
-        assert isinstance(content, dict)
-        given = {str(key): value for key, value in content.items() if key not in own and value is not None}
+        content: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
+        given = {name: content[name] for name, default in self.defaults().items() if content.get(name) != default}
         options = self.options_of(base)
         others = set().union(*(_options_of_section(cfg, name) for name in _root(cfg) if name != self.registry))
-        for name in sorted(given.keys() - options - others):
-            owners = [component for component in self.components if name in self.options_of(component)]
+        for name in sorted(given.keys() - options.keys() - others):
+            owners = sorted(component for component in self.components if name in self.options_of(component))
             raise ValueError(
                 f"Invalid option {name}={given[name]!r}: the base {self.registry} {base!r} has no such option. "
                 f"Remove it, or choose a base that has it: {', '.join(owners)}."
@@ -158,7 +174,8 @@ def _section(cfg: DictConfig, name: str) -> dict[str, Any]:
     if isinstance(value, Namespace):
         return dict(vars(value))
     if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
-        return {str(key): item for key, item in OmegaConf.to_container(value, resolve=True).items()}  # type: ignore
+        content: Any = OmegaConf.to_container(value, resolve=True)
+        return dict(content)
     return {}
 
 

@@ -7,6 +7,7 @@ checkpoints continue runs of the base optimizer, and the other way round.
 
 import weakref
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -86,7 +87,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return self._weights[1]
 
 
-def pair_masters(parameters: list[Tensor], given: list[Tensor]) -> list[Weight]:
+def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[Weight]:
     """Match the model's parameters with what the optimizer was given.
 
     Args:
@@ -140,9 +141,7 @@ class FairseqDeltaSAM(FairseqOptimizer):
                 parameters would be sharded.
         """
         global _latest
-        settings = Settings(
-            cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation
-        )
+        settings = Settings(cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation)
         refuse_unsupported(cfg._get_root())
         _, base, base_cfg = OPTIONS.base_config(cfg)
         params = list(params)

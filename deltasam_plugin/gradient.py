@@ -200,9 +200,7 @@ def sharpness_aware_loss(
             second_difference(plus, minus, losses), rounding_floor(plus, minus, losses, eps)
         )
     statistics.fill(ess=effective_sample_size(sample_weights), weight_max=losses.numel() * sample_weights.amax())
-    current = Pass(
-        loss.detach(), losses, sample_weights, second, conditions, weights, leaves, settings.rho, statistics
-    )
+    current = Pass(loss.detach(), losses, sample_weights, second, conditions, weights, leaves, settings.rho, statistics)
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
     return _SharpnessAware.apply(anchor, current), statistics
 

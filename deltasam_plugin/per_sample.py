@@ -45,7 +45,7 @@ def per_sample_losses(name: str) -> Callable[[Adaptor], Adaptor]:
     def register(adaptor: Adaptor) -> Adaptor:
         if name in ADAPTORS:
             raise ValueError(
-                f"Criterion {name!r} has an adaptor already: {ADAPTORS[name].__module__}.{ADAPTORS[name].__qualname__}. "
+                f"Criterion {name!r} has an adaptor already, in {ADAPTORS[name].__module__}. "
                 "Register yours under the name of your own criterion."
             )
         ADAPTORS[name] = adaptor
@@ -92,8 +92,8 @@ def check_sum(name: str, losses: Tensor, loss: Tensor) -> None:
     if abs(total - own) > 1e-3 * max(magnitude, abs(own)):
         raise RuntimeError(
             f"The adaptor of criterion {name!r} gives per-sample losses that sum to {total:.6g}, but the criterion's "
-            f"own loss is {own:.6g}. They must be equal: every sample's losses summed over its tokens, neither averaged "
-            "nor weighted. Mend the adaptor."
+            f"own loss is {own:.6g}. They must be equal: every sample's losses summed over its tokens, neither "
+            "averaged nor weighted. Mend the adaptor."
         )
 
 

@@ -2,8 +2,8 @@ r"""Measure every sample's loss on both sides of the weights along random direct
 
 :math:`u \sim N(0, I)` is drawn once per probe and shared by the batch, so that the samples are compared along the same
 direction. The length is relative: :math:`\sigma = s\,\|w\| / \sqrt{P}` for P weights and probe scale s, so that
-:math:`\|\sigma u\| \approx s \|w\|` whatever the size of the model. (A fixed σ per weight is no unit: 0.01 moves a model
-of 35 million weights by a third of their own length.)
+:math:`\|\sigma u\| \approx s \|w\|` whatever the size of the model. (A fixed σ per weight is no unit: 0.01 moves a
+model of 35 million weights by a third of their own length.)
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -102,15 +103,11 @@ class Conditions:
         Args:
             devices: where the model lives; CUDA generators and autocast are per device.
         """
-        autocast = []
+        autocast: list[Callable[[], Any]] = []
         for kind in sorted({device.type for device in devices} | {"cpu"}):
             # No weight cache: it would hand the second pass the casts of the first pass's weights.
             enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            autocast.append(
-                lambda kind=kind, enabled=enabled, dtype=dtype: torch.autocast(
-                    kind, enabled=enabled, dtype=dtype, cache_enabled=False
-                )
-            )
+            autocast.append(partial(torch.autocast, kind, dtype=dtype, enabled=enabled, cache_enabled=False))
         return cls(RandomState.capture(devices), autocast)
 
     @contextmanager

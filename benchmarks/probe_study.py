@@ -1,0 +1,127 @@
+"""How long should a curvature probe be? Signal, rounding noise and bias of the second difference over the probe scale.
+
+    python benchmarks/probe_study.py CHECKPOINT [--data DIR] [--subset valid] [--batch-size 32] [--probes 8]
+
+For one batch of a trained model the second difference D of every sample is taken along the same directions in fp32 and,
+as the truth, in double precision. Columns, all medians over samples and directions:
+  signal        |D| in double precision
+  noise         |D(fp32) - D(double)|
+  noise/eps|l|  the same in units of fp32's eps times the sample's loss: what weighting.ROUNDING_FACTOR must cover; its
+                95th percentile stands beside it
+  lost          share of the samples whose |D| is below the floor that weighting.rounding_floor estimates
+  bias          |D(s)/s² - D(s₀)/s₀²| relative to the latter, s₀ the smallest scale: what is not curvature at w
+  ess           effective sample size of the resulting weights (one probe), and its rank correlation with the weights
+                that many probes at s₀ give in double precision
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from contextlib import nullcontext
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.criterions import CRITERION_REGISTRY
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's checkpoints)
+from deltasam_plugin.fairseq_config import NAME
+from deltasam_plugin.fairseq_criterion import OPTIONS
+from deltasam_plugin.per_sample import adaptor_of, recorded_outputs
+from deltasam_plugin.perturbation import Weight, displace, global_norm, restored
+from deltasam_plugin.probing import draw_direction
+from deltasam_plugin.weighting import curvature_weights, effective_sample_size, rounding_floor
+
+
+class InDouble(TorchFunctionMode):
+    """fairseq casts to fp32 before every softmax; here the truth must stay in double precision."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") is torch.float32:
+            kwargs["dtype"] = torch.float64
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        return function(*args, **kwargs)
+
+
+SCALES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", help="binarized data, where the checkpoint's own path does not hold any more")
+    parser.add_argument("--subset", default="valid")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--probes", type=int, default=8)
+    args = parser.parse_args()
+
+    overrides = {"data": args.data} if args.data else {}
+    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([args.checkpoint], arg_overrides=overrides)
+    model = models[0].eval()
+    if cfg.criterion._name == NAME:
+        name, base, base_cfg = OPTIONS.base_config(cfg.criterion)
+    else:
+        name, base, base_cfg = cfg.criterion._name, CRITERION_REGISTRY[cfg.criterion._name], cfg.criterion
+    criterion = base.build_criterion(base_cfg, task)
+    task.load_dataset(args.subset)
+    batches = task.get_batch_iterator(task.dataset(args.subset), max_sentences=args.batch_size).next_epoch_itr(False)
+    sample = next(iter(batches))
+
+    def losses_of(network: torch.nn.Module) -> Tensor:
+        with recorded_outputs(network) as outputs, InDouble() if network is double else nullcontext():
+            criterion(network, sample)
+            return adaptor_of(name)(criterion, network, sample, *outputs).detach().double()
+
+    single, double = model, copy.deepcopy(model).double()
+    weights = {network: [Weight(p) for p in network.parameters()] for network in (single, double)}
+    norm = global_norm(p for p in double.parameters())
+    count = sum(p.numel() for p in double.parameters())
+    eps = torch.finfo(torch.float32).eps
+    print(f"{count:,} weights of norm {norm:.1f}, {sample['nsentences']} samples, criterion {name}")
+
+    @torch.no_grad()
+    def differences(network: torch.nn.Module, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        direction = draw_direction(weights[single], seed)
+        sigma = scale * norm / math.sqrt(count)
+        center = losses_of(network)
+        with restored(weights[network]) as saved:
+            displace(weights[network], saved, direction, sigma)
+            plus = losses_of(network)
+            displace(weights[network], saved, direction, -sigma)
+            minus = losses_of(network)
+        return plus + minus - 2 * center, rounding_floor(plus, minus, center, eps)
+
+    truth: dict[float, Tensor] = {}
+    print("scale      signal     noise      noise/eps|l|  95 %   lost   bias   ess    rank correlation")
+    center = losses_of(double)
+    for scale in SCALES:
+        exact = torch.stack([differences(double, scale, seed)[0] for seed in range(args.probes)])
+        rounded, floor = map(torch.stack, zip(*[differences(single, scale, seed) for seed in range(args.probes)]))
+        truth[scale] = exact / scale**2
+        noise = (rounded - exact).abs()
+        in_eps = noise / (eps * center)
+        bias = ((truth[scale] - truth[SCALES[0]]).abs() / truth[SCALES[0]].abs()).median()
+        reference = truth[SCALES[0]].square().mean(dim=0)
+        one = [curvature_weights(rounded[k : k + 1], floor[k : k + 1]) for k in range(args.probes)]
+        ess = torch.stack([effective_sample_size(v) for v in one]).median()
+        ranks = torch.stack([rank_correlation(v, reference) for v in one]).median()
+        print(
+            f"{scale:<8.0e} {exact.abs().median():10.2e} {noise.median():10.2e} {in_eps.median():10.2f} "
+            f"{in_eps.quantile(0.95):10.2f} {(exact.abs() < floor).double().mean():7.2f} {bias:7.2f} {ess:6.2f} "
+            f"{ranks:8.2f}"
+        )
+
+
+def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Spearman's coefficient."""
+    ranks = torch.stack([one.argsort().argsort(), other.argsort().argsort()]).double()
+    return torch.corrcoef(ranks)[0, 1]
+
+
+if __name__ == "__main__":
+    main()

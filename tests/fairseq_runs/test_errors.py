@@ -1,0 +1,113 @@
+"""Misuse is refused at start-up or at the first batch, by value, rule and remedy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from runs import ADAM, TRANSLATION, base, delta, fairseq_train
+
+from deltasam_plugin.per_sample import ADAPTORS, per_sample_losses
+
+SMOOTHED = "label_smoothed_cross_entropy"
+ERRORS: dict[str, tuple[list[object], str]] = {
+    "optimizer alone": (
+        ["--optimizer", "delta_sam", "--criterion", SMOOTHED],
+        "Optimizer 'delta_sam' with criterion 'label_smoothed_cross_entropy': it needs per-sample losses. "
+        "Use --criterion delta_sam --base-criterion label_smoothed_cross_entropy.",
+    ),
+    "criterion alone": (
+        ["--optimizer", "adam", "--criterion", "delta_sam", "--base-criterion", SMOOTHED],
+        "Criterion 'delta_sam' with optimizer 'adam': its gradient is computed for 'delta_sam'. "
+        "Use --optimizer delta_sam --base-optimizer adam.",
+    ),
+    "no adaptor": (
+        delta("tacotron2"),
+        "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses. Choose one of: cross_entropy, ",
+    ),
+    "unknown criterion": (
+        delta("cross_entorpy"),
+        "Unknown base_criterion='cross_entorpy' (--base-criterion). Choose one of: adaptive_loss, ",
+    ),
+    "unknown optimizer": (
+        delta(optimizer="adamm"),
+        "Unknown base_optimizer='adamm' (--base-optimizer). Choose one of: adadelta, ",
+    ),
+    "itself": (
+        delta(optimizer="delta_sam"),
+        "Unknown base_optimizer='delta_sam' (--base-optimizer). Choose one of: adadelta, ",
+    ),
+    "foreign option": (
+        [*delta(), "--momentum", 0.9],
+        "Invalid option momentum=0.9: the base optimizer 'adam' has no such option. "
+        "Remove it, or choose a base that has it: nag, sgd.",
+    ),
+    "foreign criterion option": (
+        [*delta("cross_entropy"), "--label-smoothing", 0.1],
+        "Invalid option label_smoothing=0.1: the base criterion 'cross_entropy' has no such option. "
+        "Remove it, or choose a base that has it: ",
+    ),
+    "negative radius": (
+        delta(rho=-1),
+        "Invalid rho=-1.0 (--sam-rho). Must be a finite number >= 0; 0.05 is the usual start.",
+    ),
+    "unknown weighting": (
+        [*delta(), "--sam-weighting", "hessian"],
+        "Unknown weighting='hessian' (--sam-weighting). Choose one of: curvature, uniform.",
+    ),
+    "no probes": (
+        [*delta(), "--sam-probes", 0],
+        "Invalid probes=0 (--sam-probes). Must be an integer >= 1; for no probes at all use the weighting 'uniform'.",
+    ),
+    "probe scale": (
+        [*delta(), "--sam-probe-scale", 0],
+        "Invalid probe_scale=0.0 (--sam-probe-scale). Must be a fraction of the norm of the weights, between 0 and 1 "
+        "exclusive; 0.01 is the default.",
+    ),
+    "unknown perturbation": (
+        [*delta(), "--sam-perturbation", "layer"],
+        "Unknown perturbation='layer' (--sam-perturbation). Choose one of: batch",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) -> None:
+    options, message = ERRORS[case]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *options)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_sharded_parameters_are_refused() -> None:
+    from omegaconf import OmegaConf
+
+    from deltasam_plugin.fairseq_optimizer import refuse_unsupported
+
+    with pytest.raises(ValueError, match=r"Invalid ddp_backend='fully_sharded' \(--ddp-backend\): δ-SAM needs every"):
+        refuse_unsupported(OmegaConf.create({"distributed_training": {"ddp_backend": "fully_sharded"}}))
+
+
+def test_adaptor_that_does_not_sum_to_the_loss(
+    translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mean instead of a sum, the likely mistake, is found at the first batch."""
+    right = ADAPTORS["cross_entropy"]
+    monkeypatch.setitem(ADAPTORS, "cross_entropy", lambda *arguments: right(*arguments) / 7)
+    with pytest.raises(RuntimeError, match="The adaptor of criterion 'cross_entropy' gives per-sample losses that sum"):
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
+
+
+def test_adaptor_for_a_criterion_that_has_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"Criterion 'cross_entropy' has an adaptor already, in deltasam_plugin\.per_sample\."
+    ):
+        per_sample_losses("cross_entropy")(lambda *arguments: None)
+
+
+def test_plugin_leaves_other_runs_alone(translation_data: Path, tmp_path: Path) -> None:
+    """--user-dir alone changes nothing: no option of ours appears, an ordinary run stays ordinary."""
+    checkpoint = fairseq_train(translation_data, tmp_path, *TRANSLATION, *ADAM, *base(), updates=1)
+    for section in ("optimizer", "criterion"):
+        assert not [key for key in checkpoint["cfg"][section] if key.startswith(("sam_", "base_"))]

@@ -1,0 +1,82 @@
+"""Whatever goes wrong in whichever pass: the weights are w afterwards, and what fairseq does next is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import faulty
+import pytest
+import torch
+from runs import ADAM, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars
+
+OPTIONS = [*TRANSLATION, *ADAM, *delta(faulty.NAME), "--save-interval-updates", 1]
+
+
+@pytest.fixture(autouse=True)
+def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faulty, "plan", faulty.Plan())
+
+
+@pytest.fixture(scope="module")
+def reference(translation_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
+    """The checkpoints of a run in which nothing goes wrong, by number of updates."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    fairseq_train(translation_data, root, *OPTIONS, updates=5)
+    return {update: torch.load(root / f"checkpoint_1_{update}.pt") for update in (3, 5)}
+
+
+@pytest.mark.parametrize("where", faulty.PASSES)
+def test_crash_holds_the_weights(translation_data: Path, tmp_path: Path, reference: dict, where: str) -> None:
+    """crash.pt, which fairseq writes on the way out, is the state after update 3; resuming gives update 5 as ever."""
+    faulty.plan = faulty.Plan(update=3, where=where, error=ValueError("cosmic ray"))
+    with pytest.raises(ValueError, match="cosmic ray"):
+        fairseq_train(translation_data, tmp_path, *OPTIONS, updates=5)
+    assert_same_model(torch.load(tmp_path / "crash.pt"), reference[3])
+
+    faulty.plan = faulty.Plan()
+    assert_same_model(fairseq_train(translation_data, tmp_path, *OPTIONS, updates=5), reference[5])
+
+
+@pytest.mark.parametrize("where", faulty.PASSES)
+def test_out_of_memory_drops_the_batch(translation_data: Path, tmp_path: Path, where: str) -> None:
+    """fairseq goes on without the batch; in which pass memory ran out makes no difference to anything."""
+    finals = []
+    for folder, failing in {"one": "probe +", "other": where}.items():
+        faulty.plan = faulty.Plan(update=2, where=failing, error=RuntimeError("CUDA out of memory (simulated)"))
+        finals.append(fairseq_train(translation_data, tmp_path / folder, *OPTIONS, updates=5))
+    assert_same_model(*finals)
+
+
+def test_nan_loss_is_fairseqs_own_error(translation_data: Path, tmp_path: Path, reference: dict) -> None:
+    """A batch whose loss is NaN ends the run as it ends the base run, with w in crash.pt."""
+    ends = []
+    for name, update, options in [("base", 0, base(faulty.NAME)), ("delta", 3, delta(faulty.NAME))]:
+        faulty.plan = faulty.Plan(update=update, where="second forward")  # the fourth batch, in both
+        with pytest.raises((FloatingPointError, StopIteration)) as end:
+            fairseq_train(translation_data, tmp_path / name, *TRANSLATION, *ADAM, *options, updates=5)
+        error: BaseException | None = end.value
+        while not isinstance(error, FloatingPointError):  # fairseq's detector may stumble over what it looks into
+            assert error is not None
+            error = error.__context__
+        ends.append((type(end.value), str(error)))
+    assert ends[0] == ends[1]
+    assert ends[0][1] == "gradients are Nan/Inf"
+    assert_same_model(torch.load(tmp_path / "delta" / "crash.pt"), reference[3])
+
+
+def test_nan_in_the_ascent_gives_no_ascent(translation_data: Path, tmp_path: Path) -> None:
+    """There is nothing to climb: the batch is descended at w, and counted."""
+    faulty.plan = faulty.Plan(update=1, where="ascent")
+    options = [*OPTIONS, "--tensorboard-logdir", tmp_path / "logs"]
+    final = fairseq_train(translation_data, tmp_path, *options, updates=3)
+    logged = scalars(tmp_path / "logs", "sam_skipped", "sam_eps_norm", "sam_ascent_gnorm")
+    assert logged["sam_skipped"] == [0, 1, 0]
+    assert logged["sam_eps_norm"] == pytest.approx([0.05, 0, 0.05], rel=1e-3)
+    assert logged["sam_ascent_gnorm"][1] == 0
+    assert all(torch.isfinite(weight).all() for weight in final["model"].values())
+
+
+def test_nan_in_the_probes_gives_uniform_weights(translation_data: Path, tmp_path: Path) -> None:
+    faulty.plan = faulty.Plan(update=3, where="probe +")
+    final = fairseq_train(translation_data, tmp_path, *OPTIONS, updates=5)
+    assert all(torch.isfinite(weight).all() for weight in final["model"].values())

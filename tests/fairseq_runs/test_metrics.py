@@ -1,0 +1,64 @@
+"""The logged scalars: in fairseq's log, in TensorBoard's event files, and what they mean."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.logging import metrics
+from runs import ADAM, TRANSLATION, delta, fairseq_train, scalars
+
+from deltasam_plugin.fairseq_criterion import sharpness_aware
+
+SCALARS = [f"sam_{name}" for name in ("sharpness", "ess", "weight_max", "ascent_gnorm", "eps_norm", "skipped")]
+
+
+def test_event_files(translation_data: Path, tmp_path: Path) -> None:
+    """Every scalar of the contract, at every update, read back by TensorBoard's own reader."""
+    options = [*TRANSLATION, *ADAM, *delta(rho=0.03), "--update-freq", 2, "--tensorboard-logdir", tmp_path / "logs"]
+    fairseq_train(translation_data, tmp_path, *options, updates=4)
+    values = scalars(tmp_path / "logs", *SCALARS)
+    assert all(len(series) == 4 for series in values.values())
+    assert values["sam_eps_norm"] == pytest.approx([0.03] * 4, rel=1e-4)
+    assert values["sam_skipped"] == [0] * 4
+    assert all(0 < ess <= 1 for ess in values["sam_ess"])
+    assert all(1 <= largest <= 16 for largest in values["sam_weight_max"])
+    assert all(value > 0 for value in values["sam_sharpness"] + values["sam_ascent_gnorm"])
+    # First order: (L(w+ε) − L(w)) per target token, base 2, cannot exceed ρ‖∇L‖ by much so early in training.
+    assert max(values["sam_sharpness"]) < 1.0
+
+
+def test_uniform_weights_are_logged_as_such(translation_data: Path, tmp_path: Path) -> None:
+    options = [*TRANSLATION, *ADAM, *delta(), "--sam-weighting", "uniform", "--tensorboard-logdir", tmp_path / "logs"]
+    fairseq_train(translation_data, tmp_path, *options, updates=2)
+    values = scalars(tmp_path / "logs", "sam_ess", "sam_weight_max")
+    assert values == {"sam_ess": [1.0, 1.0], "sam_weight_max": [1.0, 1.0]}
+
+
+def test_sums_over_micro_batches_and_workers() -> None:
+    """One dictionary per micro-batch, or their sum as fairseq makes it over workers: the same scalars."""
+    first = {"loss": 20.0, "ntokens": 10, "sample_size": 10, "nll_loss": 18.0, "nsentences": 2, "sam_batches": 1}
+    second = {"loss": 50.0, "ntokens": 30, "sample_size": 30, "nll_loss": 45.0, "nsentences": 4, "sam_batches": 1}
+    first |= {"sam_sharpness": 2.0, "sam_ess": 0.5, "sam_weight_max": 3.0, "sam_ascent_gnorm": 4.0}
+    second |= {"sam_sharpness": 6.0, "sam_ess": 1.0, "sam_weight_max": 1.0, "sam_ascent_gnorm": 2.0}
+    first |= {"sam_eps_norm": 0.05, "sam_skipped": 0.0}
+    second |= {"sam_eps_norm": 0.0, "sam_skipped": 1.0}
+    together = {key: torch.tensor(float(first[key] + second[key])) for key in first}
+    expected = {"sam_sharpness": 8 / 40 / math.log(2), "sam_ess": 0.75, "sam_weight_max": 2.0}
+    expected |= {"sam_ascent_gnorm": 3.0, "sam_eps_norm": 0.025, "sam_skipped": 1.0, "loss": 70 / 40 / math.log(2)}
+    criterion = sharpness_aware(CRITERION_REGISTRY["label_smoothed_cross_entropy"])
+    for outputs in ([first, second], [together]):
+        with metrics.aggregate(new_root=True) as aggregated:
+            criterion.reduce_metrics(outputs)
+        for name, value in expected.items():
+            assert float(aggregated.get_smoothed_value(name)) == pytest.approx(value, abs=1e-3), name
+
+
+def test_validation_logs_nothing_of_it() -> None:
+    criterion = sharpness_aware(CRITERION_REGISTRY["cross_entropy"])
+    with metrics.aggregate(new_root=True) as aggregated:
+        criterion.reduce_metrics([{"loss": torch.tensor(3.0), "ntokens": 4, "sample_size": 4, "nsentences": 1}])
+    assert not [name for name in aggregated if name.startswith("sam_")]

@@ -17,10 +17,11 @@ from fairseq.logging import metrics
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from deltasam_plugin.batch import BatchPerturbation
 from deltasam_plugin.fairseq_config import NAME, BaseOptions
 from deltasam_plugin.fairseq_optimizer import active_optimizer, refuse_unsupported
-from deltasam_plugin.gradient import Statistics, sharpness_aware_loss
-from deltasam_plugin.per_sample import Adaptor, adaptor_of, check_sum, recorded_outputs
+from deltasam_plugin.gradient import Objective, Statistics, sharpness_aware_loss
+from deltasam_plugin.per_sample import Adaptor, adaptor_of, check_sum, objective_of, recorded_outputs
 
 
 @dataclass
@@ -57,22 +58,24 @@ class SharpnessAwareCriterion(FairseqCriterion):
         inner = unwrapped(model)  # the ascent must not trigger the gradient exchange of a distributed wrapper
         results: list[tuple[Any, dict[str, Any]]] = []
 
-        def first() -> tuple[Tensor, Tensor]:
+        def first() -> Objective:
             with recorded_outputs(inner) as outputs:
                 loss, sample_size, logging_output = forward(inner, sample, *args, **kwargs)
-            losses = self._adaptor(self, inner, sample, *outputs)
+            objective = objective_of(loss, self._adaptor(self, inner, sample, *outputs))
             results[:] = [(sample_size, logging_output)]  # probes run this too; the ascent forward is the last
             if not self._checked:
-                check_sum(self._base_name, losses, loss)
+                check_sum(self._base_name, objective)
                 self._checked = True
-            return loss, losses
+            return objective
 
         def second() -> Tensor:
             return forward(model, sample, *args, **kwargs)[0]
 
         leaves = [*inner.parameters(), *self.parameters()]
         weights = optimizer.weights(inner, self)
-        loss, statistics = sharpness_aware_loss(first, second, weights, leaves, optimizer.settings)
+        perturbation = BatchPerturbation(weights, leaves, optimizer.settings)
+        devices = {weight.parameter.device for weight in weights}
+        loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
         sample_size, logging_output = results[0]
         for item in fields(Statistics):
             logging_output[f"sam_{item.name}"] = getattr(statistics, item.name)

@@ -1,34 +1,38 @@
 r"""A loss whose gradient is the sharpness-aware one.
 
-The value is :math:`L(w)`, the gradient :math:`\nabla L(w + \epsilon)`. Whatever surrounds the loss - loss scaling,
-gradient accumulation, ``no_sync``, a dummy batch multiplied by zero - acts on it as on any other loss, because both
-passes hide behind one :class:`torch.autograd.Function`.
+The value is :math:`L(w)`, the gradient :math:`\nabla L` at the perturbed weights. Whatever surrounds the loss - loss
+scaling, gradient accumulation, ``no_sync``, a dummy batch multiplied by zero - acts on it as on any other loss, because
+both passes hide behind one :class:`torch.autograd.Function`.
 
-Order within one (micro-)batch: probes, while no graph is alive; ascent forward; weights; then in backward: ascent
-gradient, perturbation, second forward and backward at the perturbed weights, restoration.
+How the weights are perturbed is a :class:`Perturbation`'s affair: one for the whole batch (``batch``), or one for
+every instance (``instance``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from deltasam_plugin.perturbation import Weight, ascended
-from deltasam_plugin.probing import probe_losses
 from deltasam_plugin.replay import Conditions
-from deltasam_plugin.settings import Settings
-from deltasam_plugin.weighting import (
-    curvature_weights,
-    effective_sample_size,
-    rounding_floor,
-    second_difference,
-    uniform_weights,
-)
+
+
+class Objective(NamedTuple):
+    r"""What one forward pass gives: :math:`L = \sum_i \ell_i + s`.
+
+    Attributes:
+        loss: L, scalar.
+        losses: :math:`\ell_i`, the per-sample losses with graph, shape (B,).
+        shared: s, scalar, where a part of the loss belongs to the batch and to no sample; else None.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    shared: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Statistics:
     """What one (micro-)batch went through; scalars on its device, zero until its backward pass fills them.
 
     Attributes:
-        sharpness: L(w+ε) − L(w), in the unit of the loss (a sum over the batch, natural logarithm).
+        sharpness: L at the perturbed weights − L(w), in the unit of the loss (a sum over the batch, natural logarithm).
         ess: effective sample size of the weights as a share of the batch.
         weight_max: B · max v.
         ascent_gnorm: ‖Σ vᵢgᵢ‖.
@@ -62,152 +66,88 @@ class Statistics:
             getattr(self, name).copy_(value.detach())
 
 
-@dataclass
-class Pass:
-    """One micro-batch on its way from the ascent forward to the restoration.
+class Perturbation(Protocol):
+    """Where the second pass happens. One object serves one (micro-)batch."""
 
-    Attributes:
-        loss: the objective at w, scalar.
-        losses: per-sample losses with graph, shape (B,).
-        sample_weights: v, shape (B,).
-        second: runs the objective once more with gradient, returns a scalar.
-        conditions: of the ascent forward.
-        weights: all that may move.
-        leaves: every parameter that a backward pass may reach.
-        rho: radius.
-        statistics: filled on the way.
-    """
+    def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> Tensor:
+        """Run the forward pass at w, and what must run before it; keep what the ascent needs.
 
-    loss: Tensor
-    losses: Tensor
-    sample_weights: Tensor
-    second: Callable[[], Tensor]
-    conditions: Conditions
-    weights: Sequence[Weight]
-    leaves: Sequence[Tensor]
-    rho: float
-    statistics: Statistics
+        Returns:
+            L(w), detached.
+        """
 
-    def backward(self, grad_output: Tensor) -> None:
-        """Ascend, run the second pass, add its gradient to ``.grad``, put the weights back."""
-        # Relative to the largest weight: exactly 1 each where they are uniform, so that uniform is SAM to the bit.
-        largest = self.sample_weights.amax()
-        relative = self.sample_weights / largest
-        with torch.enable_grad(), gradients_aside(self.leaves):
-            # grad_output carries the loss scale, without which a half-precision gradient would underflow.
-            objective = (relative.to(self.losses.dtype) * self.losses).sum()
-            objective.backward(grad_output.to(self.losses.dtype))
-            gradients = [weight.parameter.grad for weight in self.weights]
-        del objective
-        self.losses = self.losses.detach()  # frees what the first graph still holds
-        with ascended(self.weights, gradients, self.rho) as ascent, torch.enable_grad(), self.conditions.replayed():
-            loss = self.second()
-            loss.backward(grad_output.to(loss.dtype))
-        self.statistics.fill(
-            sharpness=loss.detach() - self.loss,
-            ascent_gnorm=torch.where(ascent.skipped > 0, 0, ascent.gradient_norm * largest / grad_output.abs()),
-            eps_norm=ascent.moved,
-            skipped=ascent.skipped,
-        )
+    def perturbed(self, scale: Tensor, statistics: Statistics) -> AbstractContextManager[None]:
+        """Ascend, once, and be at the perturbed weights for the length of the context.
 
-
-@contextmanager
-def gradients_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Within this context ``.grad`` is empty; afterwards it is what it was.
-
-    A plain ``backward()`` under this context, and not :func:`torch.autograd.grad`, because activation checkpointing
-    refuses the latter.
-    """
-    kept = [leaf.grad for leaf in leaves]
-    try:
-        for leaf in leaves:
-            leaf.grad = None
-        yield
-    finally:
-        for leaf, gradient in zip(leaves, kept, strict=True):
-            leaf.grad = gradient
+        Args:
+            scale: what the loss was multiplied with before backward: a loss scale, or zero for a dummy batch.
+            statistics: to be filled, but for the sharpness.
+        """
 
 
 class _SharpnessAware(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, current: Pass) -> Tensor:
-        ctx.current = current
-        return current.loss.clone()
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        ctx.run = backward
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        current, ctx.current = ctx.current, None
-        if current is None:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        run, ctx.run = ctx.run, None
+        if run is None:
             raise RuntimeError(
                 "backward() through a sharpness-aware loss a second time. It runs two passes and frees their graphs; "
                 "compute the loss again instead of passing retain_graph=True."
             )
-        current.backward(grad_output)
-        return None, None
+        run(grad_output)
+        return None, None, None
 
 
 def sharpness_aware_loss(
-    first: Callable[[], tuple[Tensor, Tensor]],
+    first: Callable[[], Objective],
     second: Callable[[], Tensor],
-    weights: Sequence[Weight],
-    leaves: Sequence[Tensor],
-    settings: Settings,
-    step: int = 0,
+    perturbation: Perturbation,
+    devices: set[torch.device],
 ) -> tuple[Tensor, Statistics]:
-    r"""The loss at w, whose gradient is :math:`\nabla L(w + \epsilon)`,
-    :math:`\epsilon = \rho \sum_i v_i g_i / \|\sum_i v_i g_i\|`.
+    """The loss at w, whose gradient is that at the perturbed weights.
 
     Args:
-        first: forward pass; returns the objective (scalar, its value is returned) and the per-sample losses (B,) whose
-            weighted sum is ascended. Run 1 + 2K times (probes).
-        second: forward pass; returns the objective (scalar) whose gradient at w + ε is taken. Run in backward.
-        weights: what is perturbed.
-        leaves: every parameter that the backward passes may reach; their ``.grad`` is kept free of the ascent.
-        settings: validated settings.
-        step: of the caller's own counting; makes the probes of steps differ where nothing else draws random numbers.
+        first: forward pass with all that the ascent needs. May be run several times.
+        second: forward pass; returns the loss (scalar) whose gradient is taken. Run in backward.
+        perturbation: of this batch.
+        devices: where the model lives, for the replay of random numbers.
 
     Returns:
         The loss, to be used as any loss, once; and the statistics, which its backward pass completes.
 
     Raises:
-        ValueError: the per-sample losses are not of shape (B,), B >= 1.
         RuntimeError: from backward, when it is run a second time. Whatever an inner pass raises comes through, with
             the weights as they were.
     """
-    devices = {weight.parameter.device for weight in weights}
     conditions = Conditions.capture(devices)
-    plus = minus = None
-    if settings.weighting == "curvature":
+    value = perturbation.first_pass(first, conditions)
+    statistics = Statistics.zeros(value.device)
 
-        def probe() -> Tensor:
-            with conditions.replayed():
-                return first()[1]
+    def backward(grad_output: Tensor) -> None:
+        with perturbation.perturbed(grad_output, statistics), torch.enable_grad(), conditions.replayed():
+            loss = second()
+            loss.backward(grad_output.to(loss.dtype))
+        statistics.fill(sharpness=loss - value)
 
-        seed = conditions.random.seed() + step * settings.probes
-        plus, minus = probe_losses(probe, weights, settings.probes, settings.probe_scale, seed)
-    loss, losses = first()
+    anchor = torch.zeros((), device=value.device, requires_grad=True)
+    return _SharpnessAware.apply(anchor, value, backward), statistics
+
+
+def checked(objective: Objective) -> Objective:
+    """The objective itself.
+
+    Raises:
+        ValueError: the per-sample losses are not of shape (B,), B >= 1.
+    """
+    losses = objective.losses
     if losses.dim() != 1 or losses.numel() == 0:
         raise ValueError(
             f"Invalid per-sample losses of shape {tuple(losses.shape)}. Must be (B,) with B >= 1: one loss for each "
             "sample of the batch, e.g. from a loss function with reduction='none', summed over the sample's tokens."
         )
-    statistics = Statistics.zeros(losses.device)
-    if plus is None or minus is None:
-        sample_weights = uniform_weights(losses)
-    else:
-        eps = torch.finfo(computing_dtype(weights)).eps
-        sample_weights = curvature_weights(
-            second_difference(plus, minus, losses), rounding_floor(plus, minus, losses, eps)
-        )
-    statistics.fill(ess=effective_sample_size(sample_weights), weight_max=losses.numel() * sample_weights.amax())
-    current = Pass(loss.detach(), losses, sample_weights, second, conditions, weights, leaves, settings.rho, statistics)
-    anchor = torch.zeros((), device=loss.device, requires_grad=True)
-    return _SharpnessAware.apply(anchor, current), statistics
-
-
-def computing_dtype(weights: Sequence[Weight]) -> torch.dtype:
-    """The coarsest precision that a forward pass computes in: the autocast type where it is on, else the weights'."""
-    kinds = {weight.parameter.device.type for weight in weights}
-    dtypes = {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    dtypes |= {weight.parameter.dtype for weight in weights}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return objective

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deltasam_plugin.gradient import Statistics, sharpness_aware_loss
+from deltasam_plugin.batch import BatchPerturbation
+from deltasam_plugin.gradient import Objective, Statistics, sharpness_aware_loss
 from deltasam_plugin.perturbation import Weight
 from deltasam_plugin.settings import Settings
 
@@ -111,22 +112,18 @@ class DeltaSAM(Optimizer):
             Whatever the closure raises, with the weights as they were.
         """
 
-        def first() -> tuple[Tensor, Tensor]:
+        def first() -> Objective:
             losses = closure()
-            return losses.mean(), losses
+            return Objective(losses.mean(), losses)
 
         group = self.param_groups[0]
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        weights = [Weight(parameter) for parameter in parameters]
         self.zero_grad()
         with torch.enable_grad():
-            loss, self.statistics = sharpness_aware_loss(
-                first,
-                lambda: closure().mean(),
-                [Weight(parameter) for parameter in parameters],
-                parameters,
-                self.settings,
-                group.get(STEP, 0),
-            )
+            perturbation = BatchPerturbation(weights, parameters, self.settings, group.get(STEP, 0))
+            devices = {parameter.device for parameter in parameters}
+            loss, self.statistics = sharpness_aware_loss(first, lambda: closure().mean(), perturbation, devices)
             loss.backward()
         self.base_optimizer.step()
         group[STEP] = group.get(STEP, 0) + 1

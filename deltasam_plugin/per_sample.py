@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Adaptor = Callable[..., Tensor]
+from deltasam_plugin.gradient import Objective
+
+Adaptor = Callable[..., "Tensor | tuple[Tensor, Tensor]"]
 
 ADAPTORS: dict[str, Adaptor] = {}
 
@@ -33,7 +35,8 @@ def per_sample_losses(name: str) -> Callable[[Adaptor], Adaptor]:
 
     The adaptor is called as ``adaptor(criterion, model, sample, *outputs)``, with what the model returned during the
     criterion's forward, one output per call of the model, in order. It returns the per-sample losses, shape (B,), with
-    graph; it must draw no random numbers.
+    graph; or a pair of these and a scalar, the part of the loss that belongs to the batch and to no sample (a diversity
+    term, say), which is minimized and ascended but has no part in the weights. It must draw no random numbers.
 
     Args:
         name: under which the criterion is registered in fairseq.
@@ -80,15 +83,20 @@ def recorded_outputs(model: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def check_sum(name: str, losses: Tensor, loss: Tensor) -> None:
-    """Compare the sum over the samples with the criterion's own loss.
+def objective_of(loss: Tensor, adapted: Tensor | tuple[Tensor, Tensor]) -> Objective:
+    """The criterion's loss together with what its adaptor returned."""
+    return Objective(loss, *adapted) if isinstance(adapted, tuple) else Objective(loss, adapted)
+
+
+def check_sum(name: str, objective: Objective) -> None:
+    """Compare the sum over the samples, and the shared part, with the criterion's own loss.
 
     Raises:
         RuntimeError: they differ by more than rounding.
     """
-    total = losses.detach().double().sum().item()
-    magnitude = losses.detach().double().abs().sum().item()
-    own = loss.detach().double().item()
+    parts = [objective.losses] if objective.shared is None else [objective.losses, objective.shared]
+    values = torch.cat([part.detach().double().view(-1) for part in parts])
+    total, magnitude, own = values.sum().item(), values.abs().sum().item(), objective.loss.detach().item()
     if abs(total - own) > 1e-3 * max(magnitude, abs(own)):
         raise RuntimeError(
             f"The adaptor of criterion {name!r} gives per-sample losses that sum to {total:.6g}, but the criterion's "

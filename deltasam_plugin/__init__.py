@@ -8,7 +8,7 @@ from deltasam_plugin.settings import Settings
 
 if find_spec("fairseq") is not None:
     # fairseq's --user-dir imports this file and nothing else: name every component here.
-    from deltasam_plugin import fairseq_criterion, fairseq_optimizer  # noqa: F401
+    from deltasam_plugin import adaptors, fairseq_criterion, fairseq_names, fairseq_optimizer  # noqa: F401
     from deltasam_plugin.checkpoints import allow_fairseq_checkpoints
 
     allow_fairseq_checkpoints()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.gradient import Objective, Statistics, checked
-from deltasam_plugin.perturbation import Weight, ascended
+from deltasam_plugin.perturbation import Weight, ascended, origins
 from deltasam_plugin.probing import probe_losses
-from deltasam_plugin.replay import Conditions
+from deltasam_plugin.replay import Conditions, observed_autocast
 from deltasam_plugin.settings import Settings
 from deltasam_plugin.weighting import (
     curvature_weights,
@@ -54,12 +54,15 @@ class BatchPerturbation:
         self._settings = settings
         self._step = step
         self._workers = workers
+        self._starts: list[Tensor | None] = []
+        self._dtype = torch.float32
         self._objective: Objective | None = None
         self._differences: Tensor | None = None
         self._floor: Tensor | None = None
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> Tensor:
         """Probe, then run the ascent forward. See :class:`deltasam_plugin.gradient.Perturbation`."""
+        self._starts = origins(self._weights)
         plus = minus = None
         if self._settings.weighting == "curvature":
 
@@ -70,16 +73,17 @@ class BatchPerturbation:
             settings = self._settings
             seed = self._workers.same(conditions.random.seed() + self._step * settings.probes)
             plus, minus = probe_losses(probe, self._weights, settings.probes, settings.probe_scale, seed)
-        self._objective = checked(forward())
+        with observed_autocast({weight.parameter.device.type for weight in self._weights}) as autocast:
+            self._objective = checked(forward())
+        self._dtype = coarsest(autocast | {weight.parameter.dtype for weight in self._weights})
         if plus is not None and minus is not None:
             center = self._objective.losses
-            eps = torch.finfo(computing_dtype(self._weights)).eps
             self._differences = second_difference(plus, minus, center)
-            self._floor = rounding_floor(plus, minus, center, eps)
+            self._floor = rounding_floor(plus, minus, center, torch.finfo(self._dtype).eps)
         return self._objective.loss.detach()
 
     @contextmanager
-    def perturbed(self, scale: Tensor, statistics: Statistics) -> Iterator[None]:
+    def perturbed(self, scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
         """Ascend and be there. See :class:`deltasam_plugin.gradient.Perturbation`."""
         objective, self._objective = self._objective, None
         assert objective is not None
@@ -87,7 +91,7 @@ class BatchPerturbation:
         largest = everybodys.amax()
         gradients = self._ascent_gradients(objective, sample_weights / largest, scale)
         del objective  # frees what is left of the first graph
-        with ascended(self._weights, gradients, self._settings.rho) as ascent:
+        with ascended(self._weights, gradients, self._settings.rho, self._starts) as ascent:
             norm = ascent.gradient_norm * largest / scale.abs()
             statistics.fill(
                 ess=effective_sample_size(everybodys),
@@ -96,7 +100,7 @@ class BatchPerturbation:
                 eps_norm=ascent.moved,
                 skipped=ascent.skipped,
             )
-            yield
+            yield torch.where(ascent.overflowed, torch.inf, scale) if self._dtype == torch.float16 else scale
 
     def _sample_weights(self, losses: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """v of this worker's samples, and of all samples that share the perturbation."""
@@ -139,9 +143,6 @@ def gradients_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
             leaf.grad = gradient
 
 
-def computing_dtype(weights: Sequence[Weight]) -> torch.dtype:
-    """The coarsest precision that a forward pass computes in: the autocast type where it is on, else the weights'."""
-    kinds = {weight.parameter.device.type for weight in weights}
-    dtypes = {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    dtypes |= {weight.parameter.dtype for weight in weights}
+def coarsest(dtypes: set[torch.dtype]) -> torch.dtype:
+    """The type with the widest spacing of numbers."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)

@@ -59,7 +59,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
         results: list[tuple[Any, dict[str, Any]]] = []
 
         def first() -> Objective:
-            with recorded_outputs(inner) as outputs:
+            with recorded_outputs(inner, self._base_name) as outputs:
                 loss, sample_size, logging_output = forward(inner, sample, *args, **kwargs)
             objective = objective_of(loss, self._adaptor(self, inner, sample, *outputs))
             results[:] = [(sample_size, logging_output)]  # probes run this too; the ascent forward is the last
@@ -69,11 +69,11 @@ class SharpnessAwareCriterion(FairseqCriterion):
             return objective
 
         def second() -> Tensor:
-            return forward(model, sample, *args, **kwargs)[0]
+            return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
         leaves = [*inner.parameters(), *self.parameters()]
         weights = optimizer.weights(inner, self)
-        perturbation = BatchPerturbation(weights, leaves, optimizer.settings)
+        perturbation = BatchPerturbation(weights, leaves, optimizer.settings, workers=optimizer.workers)
         devices = {weight.parameter.device for weight in weights}
         loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
         sample_size, logging_output = results[0]
@@ -85,7 +85,8 @@ class SharpnessAwareCriterion(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """What the base criterion logs, and δ-SAM's statistics (in training)."""
-        super().reduce_metrics(logging_outputs)
+        own = [{key: log[key] for key in log if not key.startswith("sam_")} for log in logging_outputs]
+        super().reduce_metrics(own)  # wav2vec logs whatever it finds
         totals = {
             key: sum(log.get(key, 0) for log in logging_outputs)
             for key in [BATCHES, "sample_size", *(f"sam_{item.name}" for item in fields(Statistics))]

@@ -5,6 +5,8 @@ the base optimizer. The object that fairseq gets is an instance of the base's cl
 checkpoints continue runs of the base optimizer, and the other way round.
 """
 
+import logging
+import math
 import weakref
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -12,15 +14,22 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
+import torch
 from fairseq.dataclass import FairseqDataclass
+from fairseq.distributed.utils import get_data_parallel_group, get_data_parallel_world_size
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from deltasam_plugin.batch import coarsest
 from deltasam_plugin.fairseq_config import NAME, BaseOptions
-from deltasam_plugin.perturbation import Weight
+from deltasam_plugin.perturbation import Weight, global_norm
+from deltasam_plugin.replay import observed_autocast
 from deltasam_plugin.settings import PERTURBATIONS, Settings
-from deltasam_plugin.weighting import WEIGHTINGS
+from deltasam_plugin.weighting import ROUNDING_FACTOR, WEIGHTINGS
+from deltasam_plugin.workers import ALONE, Workers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -42,6 +51,10 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
     )
     sam_perturbation: str = field(
         default=Settings.perturbation, metadata={"help": f"what is perturbed: {', '.join(PERTURBATIONS)}"}
+    )
+    sam_sync: bool = field(
+        default=Settings.sync,
+        metadata={"help": "one perturbation common to all data-parallel workers, instead of one for each"},
     )
 
 
@@ -83,11 +96,57 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         if self._weights is None or self._weights[0] != list(modules):
             parameters = [p for p in chain(*(module.parameters() for module in modules)) if p.requires_grad]
-            self._weights = (list(modules), pair_masters(parameters, self._given))
+            rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
+            masters = pair_masters(parameters, self._given)
+            weights = [Weight(p, master, id(p) in rewritten) for p, master in zip(parameters, masters, strict=True)]
+            warn_of_half_precision(weights, self.settings)
+            self._weights = (list(modules), weights)
         return self._weights[1]
 
+    @property
+    def workers(self) -> Workers:
+        """The workers that share a perturbation with this one."""
+        if self.settings.sync and get_data_parallel_world_size() > 1:
+            return Workers(get_data_parallel_group())
+        return ALONE
 
-def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[Weight]:
+
+def rewritten_parameters(module: nn.Module) -> list[Tensor]:
+    """The parameters that fairseq's quantization noise (``quant_noise``) replaces in every forward pass."""
+    return [
+        layer.get_parameter("weight")
+        for layer in module.modules()
+        for hook in layer._forward_pre_hooks.values()
+        if getattr(hook, "__qualname__", "").startswith("quant_noise.")
+    ]
+
+
+def warn_of_half_precision(weights: Sequence[Weight], settings: Settings) -> None:
+    """Say in numbers what half precision costs: perturbations below the weights' spacing, probes below rounding."""
+    with observed_autocast({weight.parameter.device.type for weight in weights}) as autocast:
+        dtype = coarsest(autocast | {weight.parameter.dtype for weight in weights})
+    name, eps = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+    if settings.perturbation != "batch" or eps <= torch.finfo(torch.float32).eps:
+        return
+    if settings.weighting == "curvature":
+        logger.warning(
+            f"δ-SAM: in {name} a curvature probe sees nothing below {ROUNDING_FACTOR * eps:.1%} of a sample's loss, "
+            "the rounding floor. A batch in which no sample rises above it gets uniform weights, and sam_ess is 1. A "
+            "larger --sam-probe-scale raises the signal; --sam-weighting uniform saves the probes."
+        )
+    coarse = [w.parameter.detach() for w in weights if w.master is None and w.parameter.dtype == dtype]
+    if coarse:
+        count = sum(weight.numel() for weight in coarse)
+        size = float(global_norm(coarse)) / math.sqrt(count)
+        logger.warning(
+            f"δ-SAM: in {name} without fp32 master weights a perturbation of rho={settings.rho} is "
+            f"{settings.rho / math.sqrt(count):.1e} per weight, the weights' own spacing about {size * eps:.1e} (at "
+            f"their root mean square, {size:.1e}). What is lost to rounding shows in sam_eps_norm, which should be "
+            f"{settings.rho}. Use --fp16 without --memory-efficient-fp16, or --amp, to keep it."
+        )
+
+
+def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor | None]:
     """Match the model's parameters with what the optimizer was given.
 
     Args:
@@ -95,18 +154,18 @@ def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[
         given: the same tensors, or a copy of each in the same order, or all of them flattened into one.
 
     Returns:
-        One weight per parameter; views into the flattened copy where that is what the optimizer has.
+        One fp32 copy per parameter, None where there is none; views where the optimizer has one flattened copy.
 
     Raises:
         RuntimeError: neither of these.
     """
     if {id(p) for p in parameters} == {id(p) for p in given}:
-        return [Weight(parameter) for parameter in parameters]
+        return [None] * len(parameters)
     if [p.shape for p in parameters] == [p.shape for p in given]:
-        return [Weight(parameter, master) for parameter, master in zip(parameters, given, strict=True)]
+        return list(given)
     if len(given) == 1 and given[0].numel() == sum(p.numel() for p in parameters):
         parts = given[0].detach().split([p.numel() for p in parameters])
-        return [Weight(p, part.view_as(p)) for p, part in zip(parameters, parts, strict=True)]
+        return [part.view_as(p) for p, part in zip(parameters, parts, strict=True)]
     raise RuntimeError(
         f"The optimizer holds {len(given)} tensors with {sum(p.numel() for p in given)} elements, the model and "
         f"criterion {len(parameters)} trainable ones with {sum(p.numel() for p in parameters)}. δ-SAM must find every "
@@ -141,7 +200,9 @@ class FairseqDeltaSAM(FairseqOptimizer):
                 parameters would be sharded.
         """
         global _latest
-        settings = Settings(cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation)
+        settings = Settings(
+            cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation, cfg.sam_sync
+        )
         refuse_unsupported(cfg._get_root())
         _, base, base_cfg = OPTIONS.base_config(cfg)
         params = list(params)

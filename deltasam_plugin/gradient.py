@@ -76,12 +76,16 @@ class Perturbation(Protocol):
             L(w), detached.
         """
 
-    def perturbed(self, scale: Tensor, statistics: Statistics) -> AbstractContextManager[None]:
+    def perturbed(self, scale: Tensor, statistics: Statistics) -> AbstractContextManager[Tensor]:
         """Ascend, once, and be at the perturbed weights for the length of the context.
 
         Args:
             scale: what the loss was multiplied with before backward: a loss scale, or zero for a dummy batch.
             statistics: to be filled, but for the sharpness.
+
+        Returns:
+            A context that yields the scale of the second pass: the same; infinite where the ascent overflowed in half
+            precision, so that dynamic loss scaling sees it as it sees any overflow.
         """
 
 
@@ -129,9 +133,9 @@ def sharpness_aware_loss(
     statistics = Statistics.zeros(value.device)
 
     def backward(grad_output: Tensor) -> None:
-        with perturbation.perturbed(grad_output, statistics), torch.enable_grad(), conditions.replayed():
+        with perturbation.perturbed(grad_output, statistics) as scale, torch.enable_grad(), conditions.replayed():
             loss = second()
-            loss.backward(grad_output.to(loss.dtype))
+            loss.backward(scale.to(loss.dtype))
         statistics.fill(sharpness=loss - value)
 
     anchor = torch.zeros((), device=value.device, requires_grad=True)

@@ -66,6 +66,12 @@ class DeltaSAM(Optimizer):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings}, {self.base_optimizer!r})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The base optimizer's parameter groups."""
@@ -92,6 +98,14 @@ class DeltaSAM(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """Register a hook that runs before the base optimizer's step, with the gradient in place."""
+        return self.base_optimizer.register_step_pre_hook(hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """Register a hook that runs after the base optimizer's step."""
+        return self.base_optimizer.register_step_post_hook(hook)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""

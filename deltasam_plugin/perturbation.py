@@ -24,10 +24,13 @@ class Weight:
         master: same shape, fp32, or None where the optimizer works on `parameter` itself. In half precision a small
             perturbation is far below the spacing of the weights: it is added to the master and then rounded, so that it
             survives on average, and not added to the rounded weight, where it would be lost.
+        rewritten: the forward pass itself replaces the parameter by a function of it (fairseq's quantization noise): a
+            second forward pass must start from what the first one started from.
     """
 
     parameter: Tensor
     master: Tensor | None = None
+    rewritten: bool = False
 
     @property
     def exact(self) -> Tensor:
@@ -84,12 +87,17 @@ def restored(weights: Sequence[Weight]) -> Iterator[list[Tensor]]:
             weight.parameter.data.copy_(copy)
 
 
+def origins(weights: Sequence[Weight]) -> list[Tensor | None]:
+    """Copies of the parameters that a forward pass is about to rewrite; None for all others."""
+    return [weight.parameter.detach().clone() if weight.rewritten else None for weight in weights]
+
+
 def displace(weights: Sequence[Weight], saved: Sequence[Tensor], steps: Iterable[Tensor | None], scale: Tensor) -> None:
     """Set every parameter to its exact weight plus ``scale * step``; to be called inside :func:`restored`.
 
     Args:
         weights: what to move.
-        saved: the copies that :func:`restored` yields: a parameter without a step gets its copy back.
+        saved: what they are without a step, one copy per weight.
         steps: one per weight, of its shape, consumed one at a time; None moves nothing.
         scale: scalar. Where it is zero nothing moves at all, not even by rounding a master, whatever the steps hold.
     """
@@ -111,15 +119,19 @@ class Ascent:
         gradient_norm: L2 norm of the ascent gradient, 0 where it was not finite.
         moved: L2 norm by which the parameters really moved, after rounding to their precision.
         skipped: 1 where the gradient was zero or non-finite and nothing moved, else 0.
+        overflowed: whether the gradient was non-finite.
     """
 
     gradient_norm: Tensor
     moved: Tensor
     skipped: Tensor
+    overflowed: Tensor
 
 
 @contextmanager
-def ascended(weights: Sequence[Weight], gradients: list[Tensor | None], rho: float) -> Iterator[Ascent]:
+def ascended(
+    weights: Sequence[Weight], gradients: list[Tensor | None], rho: float, starts: Sequence[Tensor | None] = ()
+) -> Iterator[Ascent]:
     r"""Within this context the weights are :math:`w + \epsilon,\ \epsilon = \rho\,g/\|g\|`; afterwards they are w.
 
     Nothing waits for the device: a zero or non-finite gradient is told apart on it, and gives :math:`\epsilon = 0`.
@@ -129,16 +141,21 @@ def ascended(weights: Sequence[Weight], gradients: list[Tensor | None], rho: flo
         gradients: g, one per weight, of its shape; None counts as zero. Emptied, so that the context holds one copy of
             the weights and nothing more.
         rho: radius, L2 norm in parameter space.
+        starts: from :func:`origins` before the first forward pass, where that may have rewritten parameters.
 
     Reference: Foret et al. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
     """
     norm = global_norm(gradient for gradient in gradients if gradient is not None)
-    usable = torch.isfinite(norm) & (norm > 0)
+    usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny)  # below it g/‖g‖ has no precision left
     unit = torch.where(usable, norm, 1)
     with restored(weights) as saved:
         # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
         steps = (None if g is None else widened(g) / unit.to(g.device) for g in gradients)
-        displace(weights, saved, steps, torch.where(usable, rho, 0.0))
+        bases = (
+            [copy if start is None else start for copy, start in zip(saved, starts, strict=True)] if starts else saved
+        )
+        displace(weights, bases, steps, torch.where(usable, torch.full_like(norm, rho), 0))
         gradients.clear()
-        differences = (widened(w.parameter) - widened(copy) for w, copy in zip(weights, saved, strict=True))
-        yield Ascent(torch.where(usable, norm, 0), global_norm(differences), (~usable).to(norm.dtype))
+        differences = (widened(w.parameter) - widened(base) for w, base in zip(weights, bases, strict=True))
+        moved = global_norm(differences)
+        yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

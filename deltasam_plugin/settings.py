@@ -21,6 +21,8 @@ class Settings:
         probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the weights
             (dimensionless): :math:`E\|\sigma u\|^2 = (\text{probe\_scale}\,\|w\|)^2`.
         perturbation: ``batch``, one perturbation for the whole batch.
+        sync: whether data-parallel workers share one perturbation, that of the union of their batches; by default each
+            perturbs by its own batch (m-sharpness).
 
     Raises:
         ValueError: a value breaks its rule; the message names value, rule and remedy.
@@ -31,6 +33,7 @@ class Settings:
     probes: int = 1
     probe_scale: float = 0.01
     perturbation: str = "batch"
+    sync: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.rho) and self.rho >= 0):
@@ -41,7 +44,7 @@ class Settings:
             raise ValueError(
                 f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}."
             )
-        if isinstance(self.probes, bool) or int(self.probes) != self.probes or self.probes < 1:
+        if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 1:
             raise ValueError(
                 f"Invalid probes={self.probes!r} (--sam-probes). Must be an integer >= 1; "
                 "for no probes at all use the weighting 'uniform'."

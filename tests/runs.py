@@ -13,6 +13,8 @@ from fairseq.logging import progress_bar
 from fairseq_cli import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import deltasam_plugin  # noqa: F401  (lets torch read fairseq's checkpoints)
+
 USER_DIR = Path(__file__).resolve().parent.parent / "deltasam_plugin"
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "finds", "big", "small", "red", "old", "today", "here"]

@@ -24,7 +24,8 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     ),
     "no adaptor": (
         delta("tacotron2"),
-        "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses. Choose one of: cross_entropy, ",
+        "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses: its terms are means over all frames of the "
+        "batch. Choose one of: adaptive_loss, cross_entropy, ctc, ",
     ),
     "unknown criterion": (
         delta("cross_entorpy"),
@@ -101,7 +102,7 @@ def test_adaptor_that_does_not_sum_to_the_loss(
 
 def test_adaptor_for_a_criterion_that_has_one() -> None:
     with pytest.raises(
-        ValueError, match=r"Criterion 'cross_entropy' has an adaptor already, in deltasam_plugin\.per_sample\."
+        ValueError, match=r"Criterion 'cross_entropy' has an adaptor already, in deltasam_plugin\.adaptors\.tokens\."
     ):
         per_sample_losses("cross_entropy")(lambda *arguments: None)
 

@@ -1,0 +1,3 @@
+"""Adaptors of fairseq's own criterions, registered by importing this package."""
+
+from deltasam_plugin.adaptors import sentences, speech, tokens  # noqa: F401

@@ -1,0 +1,241 @@
+"""Every criterion through the real fairseq-train: a radius of zero is the base run, any radius restores the weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from corpora import RECIPES, corpus
+from fairseq.data import Dictionary
+from fairseq.trainer import Trainer
+from runs import assert_same_model, base, delta, fairseq_train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_invariants import logged
+
+SCALARS = {f"sam_{name}" for name in ("sharpness", "ess", "weight_max", "ascent_gnorm", "eps_norm", "skipped")}
+QUICK = [
+    "--disable-validation",
+    "--update-freq",
+    2,
+    "--batch-size",
+    8,
+]  # ctc's validation needs the package editdistance
+
+
+@pytest.fixture(autouse=True)
+def _reproducible_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fairseq's audio models draw their masks from generators without a seed: not even base runs can be repeated."""
+    fresh = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: fresh(7 if seed is None else seed))
+
+
+@pytest.fixture
+def train(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Train by a recipe, with further options, two updates of two batches."""
+
+    def train(name: str, folder: str, *options: object) -> dict[str, Any]:
+        recipe = RECIPES[name]
+        data = corpus(recipe.corpus, tmp_path_factory.getbasetemp())
+        with torch.serialization.safe_globals([Dictionary]):  # in the checkpoints of speech tasks
+            return fairseq_train(data, tmp_path / folder, *QUICK, *recipe.command(data), *options, updates=2)
+
+    return train
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_radius_zero_is_the_base_run(train: Callable[..., dict[str, Any]], name: str) -> None:
+    """Bit for bit: weights, optimizer state and log, with dropout, accumulation and curvature probes."""
+    one = train(name, "base", *base(RECIPES[name].criterion))
+    other = train(name, "delta", *delta(RECIPES[name].criterion, rho=0))
+    assert_same_model(one, other)
+    assert logged(one) == logged(other)
+    assert {"loss", "gnorm"} <= logged(one).keys()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_weights_are_restored(
+    train: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A learning rate of zero leaves the perturbation alone to change weights: none has changed, bit for bit."""
+    seen: list[dict[str, torch.Tensor]] = []
+    train_step = Trainer.train_step
+
+    def watched(trainer: Trainer, samples: Any, raise_oom: bool = False) -> Any:
+        seen.append({key: p.detach().clone() for key, p in trainer.model.named_parameters()})
+        return train_step(trainer, samples, raise_oom)
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    options = ["--lr", 0, "--tensorboard-logdir", tmp_path / "logs"]
+    final = train(name, "delta", *delta(RECIPES[name].criterion), *options)["model"]
+    assert len(seen) == 2
+    for key, weight in seen[0].items():
+        assert torch.equal(weight, seen[1][key]), key
+        assert torch.equal(weight, final[key]), key
+
+    events = EventAccumulator(str(tmp_path / "logs" / "train_inner"))
+    events.Reload()
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("sam_")} == SCALARS
+    values = {tag: [event.value for event in events.Scalars(tag)] for tag in SCALARS}
+    assert values["sam_eps_norm"] == pytest.approx([0.05, 0.05], rel=1e-3)
+    assert values["sam_skipped"] == [0, 0]
+    assert all(0 < share <= 1 for share in values["sam_ess"])
+
+
+CRITERION = '''
+"""A user directory with a criterion of its own."""
+
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion, CrossEntropyCriterionConfig
+
+
+@dataclass
+class MyConfig(CrossEntropyCriterionConfig):
+    my_temperature: float = field(default=1.0, metadata={"help": "divides the logits"})
+
+
+@register_criterion("my_criterion", dataclass=MyConfig)
+class MyCriterion(FairseqCriterion):
+    def __init__(self, task, sentence_avg, my_temperature):
+        super().__init__(task)
+        self.sentence_avg, self.temperature = sentence_avg, my_temperature
+
+    def token_losses(self, net_output, target):
+        logits = net_output[0].transpose(1, 2) / self.temperature
+        return F.cross_entropy(logits, target, ignore_index=self.padding_idx, reduction="none")
+
+    def forward(self, model, sample, reduce=True):
+        loss = self.token_losses(model(**sample["net_input"]), sample["target"]).sum()
+        size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
+        log = {"loss": loss.data, "ntokens": sample["ntokens"], "nsentences": len(sample["target"]), "sample_size": size}
+        return loss, size, log
+
+    reduce_metrics = staticmethod(CrossEntropyCriterion.reduce_metrics)
+    logging_outputs_can_be_summed = staticmethod(lambda: True)
+'''
+
+ADAPTOR = """
+
+from deltasam_plugin import per_sample_losses  # after the criterion, whose options it collects
+
+
+@per_sample_losses("my_criterion")
+def my_criterion(criterion, model, sample, net_output):
+    return criterion.token_losses(net_output, sample["target"]).sum(dim=1)
+"""
+
+TASK = """
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
+
+
+@register_task("my_task", dataclass=TranslationConfig)
+class MyTask(TranslationTask):
+    pass
+"""
+
+MODEL = """
+from fairseq.models import register_model_architecture
+from fairseq.models.transformer import tiny_architecture
+
+
+@register_model_architecture("transformer", "my_architecture")
+def my_architecture(args):
+    args.decoder_layers = 1
+    tiny_architecture(args)
+"""
+
+
+def user_directory(path: Path, files: dict[str, str]) -> Path:
+    """A --user-dir with these files."""
+    for name, content in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(content)
+    return path
+
+
+def typed(data: Path, user_dir: Path, save_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """fairseq-train as a user types it."""
+    common = [
+        "--user-dir",
+        user_dir,
+        "--save-dir",
+        save_dir,
+        "--max-update",
+        2,
+        "--batch-size",
+        16,
+        "--cpu",
+        "--lr",
+        0.01,
+    ]
+    command = [Path(sys.executable).parent / "fairseq-train", data, *common, "--log-interval", 1, *options]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PROJECT)}
+    return subprocess.run(
+        [str(word) for word in command],
+        env=environment,
+        cwd=user_dir.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+PROJECT = Path(__file__).resolve().parents[2]
+TEMPERED = ["--my-temperature", 1.5, "--disable-validation"]
+
+
+def test_a_criterion_of_the_users_own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Registered with an option of its own in the user's own --user-dir, which has a task and a model beside it."""
+    data = corpus("aligned", tmp_path_factory.getbasetemp())
+    files = {"__init__.py": CRITERION + ADAPTOR, "tasks/mine.py": TASK, "models/mine.py": MODEL}
+    user_dir = user_directory(tmp_path / "mine", files | {"tasks/__init__.py": "", "models/__init__.py": ""})
+    options = ["--task", "my_task", "--arch", "my_architecture", *TEMPERED]
+    checkpoints = {}
+    for name, changed in {"base": base("my_criterion"), "zero": delta("my_criterion", rho=0)}.items():
+        trained = typed(data, user_dir, tmp_path / name, *options, *changed)
+        assert trained.returncode == 0, trained.stderr
+        checkpoints[name] = torch.load(tmp_path / name / "checkpoint_last.pt")
+    assert "sam_sharpness=0," in trained.stdout + trained.stderr
+    assert checkpoints["zero"]["cfg"]["criterion"]["my_temperature"] == 1.5
+    assert_same_model(checkpoints["base"], checkpoints["zero"])
+    assert not any("decoder.layers.1" in name for name in checkpoints["zero"]["model"])
+
+
+def test_a_user_directory_that_imports_the_plugin_first(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """On the command line the order does not matter: the options are collected when it is read."""
+    data = corpus("aligned", tmp_path_factory.getbasetemp())
+    user_dir = user_directory(tmp_path / "mine", {"__init__.py": "import deltasam_plugin\n" + CRITERION + ADAPTOR})
+    options = ["--arch", "transformer_tiny", *TEMPERED, *delta("my_criterion")]
+    trained = typed(data, user_dir, tmp_path / "checkpoints", *options)
+    assert trained.returncode == 0, trained.stderr
+    assert torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt")["cfg"]["criterion"]["my_temperature"] == 1.5
+
+
+def test_a_criterion_without_adaptor(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data = corpus("aligned", tmp_path_factory.getbasetemp())
+    user_dir = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + "\nimport deltasam_plugin\n"})
+    options = ["--arch", "transformer_tiny", *TEMPERED, *delta("my_criterion")]
+    refused = typed(data, user_dir, tmp_path / "checkpoints", *options)
+    assert refused.returncode != 0
+    assert "Criterion 'my_criterion' (--base-criterion) gives no per-sample losses. Choose one of: " in refused.stderr
+    assert "with @deltasam_plugin.per_sample_losses('my_criterion')." in refused.stderr
+
+
+def test_names_of_the_base_in_the_checkpoint(train: Callable[..., dict[str, Any]]) -> None:
+    """Tasks and models that look at the whole command line find the base there, and fairseq without the plugin too."""
+    cfg = train("sentence_ranking", "ranking", *delta("sentence_ranking"))["cfg"]
+    for section in ("task", "model"):
+        assert (cfg[section].criterion, cfg[section].optimizer) == ("sentence_ranking", "adam")
+    assert cfg["criterion"]["_name"] == "delta_sam"

@@ -1,0 +1,137 @@
+"""Two real processes over gloo through fairseq-train."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fairseq_cli import preprocess
+from runs import ADAM, TRANSLATION, delta, run, scalars, write_translation
+
+SPY = "spying_label_smoothed_cross_entropy"
+SPYING_USER_DIR = '''"""A user-dir of one's own, with a criterion that writes down which weights it saw in training."""
+import hashlib, os
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion, LabelSmoothedCrossEntropyCriterionConfig)
+import torch
+from deltasam_plugin import per_sample_losses
+
+@register_criterion("spying_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig)
+class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
+    def forward(self, model, sample, reduce=True):
+        if self.training and torch.is_grad_enabled():
+            digest = hashlib.sha256()
+            for parameter in model.parameters():
+                digest.update(parameter.detach().numpy().tobytes())
+            with open(os.environ["SPY"], "a") as notes:
+                notes.write(digest.hexdigest() + "\\n")
+        return super().forward(model, sample, reduce)
+
+@per_sample_losses("spying_label_smoothed_cross_entropy")
+def losses(criterion, model, sample, net_output):
+    values, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
+    return values.view(sample["target"].size(0), -1).sum(dim=1)
+'''
+
+
+class Runs:
+    """fairseq-train in one or several processes on the same data, with a criterion that keeps notes."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root, self.data = root, data
+        (root / "spying").mkdir()
+        (root / "spying" / "__init__.py").write_text(SPYING_USER_DIR)
+
+    def train(self, name: str, *options: object, workers: int) -> dict[str, Any]:
+        """The last checkpoint; and beside it what each worker's criterion saw, in ``notes``: w, w + ε, w, w + ε, …"""
+        folder = self.root / name
+        folder.mkdir()
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        command: list[object] = [Path(sys.executable).parent / "fairseq-train", self.data, *TRANSLATION, "--dropout", 0]
+        command += ["--cpu", "--seed", 3, "--num-workers", 0, "--user-dir", self.root / "spying", "--save-dir", folder]
+        command += ["--required-batch-size-multiple", 1, "--tensorboard-logdir", folder / "logs", "--log-interval", 1]
+        command += ["--disable-validation", *delta(SPY), *options]
+        if workers > 1:
+            command += ["--ddp-backend", "legacy_ddp", "--distributed-world-size", workers, "--distributed-no-spawn"]
+            command += ["--distributed-backend", "gloo", "--distributed-init-method", address]
+        processes = []
+        for rank in range(workers):
+            ranked = [*command, "--distributed-rank", rank] if workers > 1 else command
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPY": str(folder / f"notes{rank}")}
+            with open(folder / f"output{rank}", "w") as output:
+                started = subprocess.Popen(list(map(str, ranked)), env=environment, stdout=output, stderr=output)
+            processes.append(started)
+        codes = [process.wait() for process in processes]
+        assert codes == [0] * workers, (folder / f"output{codes.index(max(codes))}").read_text()[-4000:]
+        notes = [(folder / f"notes{rank}").read_text().split() for rank in range(workers)]
+        return {**torch.load(folder / "checkpoint_last.pt"), "notes": notes, "logs": folder / "logs"}
+
+
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between two checkpoints' weights."""
+    return max(float((weight - other["model"][name]).abs().max()) for name, weight in one["model"].items())
+
+
+@pytest.fixture
+def runs(translation_data: Path, tmp_path: Path) -> Runs:
+    return Runs(tmp_path, translation_data)
+
+
+def test_workers_stay_identical_and_perturb_each_for_itself(runs: Runs) -> None:
+    """m-sharpness: 50 updates on, all weights are the same bit for bit, all perturbations different."""
+    final = runs.train("two", *ADAM, "--lr", 0.005, "--batch-size", 8, "--max-update", 51, workers=2)
+    first, second = final["notes"]
+    assert len(first) == 2 * 51
+    assert first[0::2] == second[0::2]
+    assert not set(first[1::2]) & set(second[1::2])
+    assert set(first[0::2]).isdisjoint(first[1::2])
+    assert scalars(final["logs"], "sam_eps_norm")["sam_eps_norm"] == pytest.approx([0.05] * 51, rel=1e-4)
+
+
+def test_two_workers_are_two_micro_batches(runs: Runs) -> None:
+    """Seven batches an epoch: one worker gets a dummy for the eighth, which must change nothing."""
+    options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--batch-size", 24]
+    options += ["--max-update", 8]
+    two = runs.train("two", *options, workers=2)
+    accumulated = runs.train("accumulated", *options, "--update-freq", 2, workers=1)
+    unlike = runs.train("unlike", *options, "--update-freq", 2, "--sam-rho", 0.049, workers=1)
+    assert two["notes"][0][0::2] == two["notes"][1][0::2]
+    assert 20 * distance(two, accumulated) < distance(two, unlike)
+    for name in ("sam_sharpness", "sam_ess", "loss"):
+        one, other = (scalars(final["logs"], name)[name] for final in (two, accumulated))
+        assert one == pytest.approx(other, rel=0.02), name
+
+
+def test_synchronised_workers_are_one_worker(tmp_path: Path) -> None:
+    """--sam-sync: the weights of all samples together, one ascent, as one process with the whole batch."""
+    write_translation(tmp_path / "train", 16, seed=7)
+    source = ["--source-lang", "src", "--target-lang", "tgt", "--trainpref", tmp_path / "train"]
+    run(preprocess.cli_main, *source, "--validpref", tmp_path / "train", "--destdir", tmp_path / "bin")
+    runs = Runs(tmp_path, tmp_path / "bin")
+    options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--max-update", 8]
+    whole = runs.train("whole", *options, "--batch-size", 16, workers=1)
+    synchronised = runs.train("synchronised", *options, "--batch-size", 8, "--sam-sync", workers=2)
+    apart = runs.train("apart", *options, "--batch-size", 8, workers=2)
+    assert synchronised["notes"][0] == synchronised["notes"][1]
+    assert 20 * distance(whole, synchronised) < distance(whole, apart)
+    names = ("sam_ess", "sam_weight_max", "sam_ascent_gnorm", "sam_sharpness")
+    for name in names:
+        one, other = (scalars(final["logs"], name)[name] for final in (whole, synchronised))
+        assert one == pytest.approx(other, rel=0.02), name
+
+
+def test_synchronised_workers_and_a_dummy_batch(runs: Runs) -> None:
+    """The worker with the dummy batch takes part in the exchange and contributes nothing."""
+    options = ["--lr", 0.02, "--batch-size", 24, "--max-update", 8, "--sam-sync"]
+    final = runs.train("two", *options, "--optimizer", "delta_sam", "--base-optimizer", "sgd", workers=2)
+    assert final["notes"][0] == final["notes"][1]
+    assert scalars(final["logs"], "sam_skipped")["sam_skipped"] == [0] * 8

@@ -1,0 +1,460 @@
+"""DeltaSAM is SAM, is its base optimizer, and resumes: each bit for bit."""
+
+import contextlib
+import copy
+import io
+import os
+import site
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deltasam_plugin import DeltaSAM
+from deltasam_plugin.perturbation import global_norm
+
+SGD = torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+ADAM = torch.optim.Adam, {"lr": 0.01}
+bases = pytest.mark.parametrize("base", [SGD, ADAM], ids=["sgd", "adam"])
+STEPS = 24
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.3, recompute=lambda layer, x: layer(x)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave, self.recompute = nn.Linear(4, 8), nn.Linear(8, 3), recompute
+        self.body = nn.Sequential(nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 8), nn.Tanh(), nn.Dropout(dropout))
+
+    def forward(self, x):
+        return self.leave(self.recompute(self.body, self.enter(x)))
+
+
+def batch_of(step, size=6):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(size, 4, generator=generator), torch.randint(3, (size,), generator=generator)
+
+
+def closure_of(model, step, size=6):
+    x, y = batch_of(step, size)
+    return lambda: F.cross_entropy(model(x), y, reduction="none")
+
+
+def train(model, optimizer, steps, size=6, step=None):
+    """Steps of either optimizer; returns the losses."""
+    return [(step or take_step)(optimizer, closure_of(model, number, size)).item() for number in steps]
+
+
+def take_step(optimizer, closure):
+    if isinstance(optimizer, DeltaSAM):
+        return optimizer.step(closure)
+    optimizer.zero_grad()
+    loss = closure().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def sam_step(rho):
+    """Sharpness-aware minimization by Foret et al., in ten lines."""
+
+    def step(base, closure):
+        params = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
+        state, before = torch.get_rng_state(), [p.detach().clone() for p in params]
+        loss = closure()
+        gradients = torch.autograd.grad(loss.sum(), params)
+        norm = global_norm(gradients)  # torch's own rounds differently
+        for p, g in zip(params, gradients):
+            p.data.add_(g / norm * rho)
+        torch.set_rng_state(state)
+        base.zero_grad()
+        closure().mean().backward()
+        for p, value in zip(params, before):
+            p.data.copy_(value)
+        base.step()
+        return loss.mean()
+
+    return step
+
+
+def optimizers(base, **options):
+    """Two equal models, one with DeltaSAM and one with the base optimizer alone."""
+    (kind, kind_options), model, other = base, Net(), Net()
+    return (
+        (model, DeltaSAM(model.parameters(), kind, **options, **kind_options)),
+        (other, kind(other.parameters(), **kind_options)),
+    )
+
+
+def flat(value):
+    """All tensors and numbers of a nested structure, in order."""
+    if isinstance(value, dict):
+        return [leaf for key in value if key != "delta_sam_step" for leaf in flat(value[key])]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in flat(item)]
+    return [value.tolist() if isinstance(value, torch.Tensor) else value]
+
+
+def assert_same(one, other):
+    """Equal models and optimizer states, bit for bit."""
+    (model, optimizer), (other_model, other_optimizer) = one, other
+    assert flat(model.state_dict()) == flat(other_model.state_dict())
+    assert flat(optimizer.state_dict()) == flat(other_optimizer.state_dict())
+
+
+# --- invariants 1 and 2: SAM, and the base optimizer
+
+
+@bases
+@pytest.mark.parametrize("rho", [0.05, 0.5])
+def test_uniform_weights_are_sam_bit_for_bit(base, rho):
+    delta, plain = optimizers(base, rho=rho, weighting="uniform")
+    torch.manual_seed(1)
+    losses = train(*delta, range(STEPS))
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert losses == train(*plain, range(STEPS), step=sam_step(rho))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_same(delta, plain)
+
+
+@bases
+def test_a_batch_of_one_is_sam_bit_for_bit_whatever_the_weighting(base):
+    delta, plain = optimizers(base, rho=0.1, weighting="curvature", probes=2)
+    torch.manual_seed(1)
+    losses = train(*delta, range(STEPS), size=1)
+    torch.manual_seed(1)
+    assert losses == train(*plain, range(STEPS), size=1, step=sam_step(0.1))
+    assert_same(delta, plain)
+
+
+def test_false_curvature_weights_are_not_sam():
+    delta, plain = optimizers(SGD, rho=0.1, weighting="curvature")
+    train(*delta, range(2))
+    train(*plain, range(2), step=sam_step(0.1))
+    assert flat(delta[0].state_dict()) != flat(plain[0].state_dict())
+
+
+@bases
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+def test_a_radius_of_zero_is_the_base_optimizer_bit_for_bit(base, weighting):
+    delta, plain = optimizers(base, rho=0.0, weighting=weighting, probes=2)
+    torch.manual_seed(1)
+    losses = train(*delta, range(STEPS))
+    after = torch.get_rng_state()
+    torch.manual_seed(1)
+    assert losses == train(*plain, range(STEPS))
+    assert torch.equal(torch.get_rng_state(), after)
+    assert_same(delta, plain)
+
+
+@hypothesis_settings(max_examples=10)
+@given(st.integers(1, 5), st.integers(0, 100), st.floats(0.01, 1))
+def test_one_step_is_sam_whatever_batch_and_radius(size, number, rho):
+    delta, plain = optimizers(SGD, rho=rho, weighting="uniform")
+    torch.manual_seed(number)
+    losses = train(*delta, [number], size=size)
+    torch.manual_seed(number)
+    assert losses == train(*plain, [number], size=size, step=sam_step(rho))
+    assert_same(delta, plain)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # the probes build no graph
+def test_activation_checkpointing_changes_nothing(reentrant):
+    plain, recomputed = Net(), Net(recompute=lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
+    runs = []
+    for model in (plain, recomputed):
+        optimizer = DeltaSAM(model.parameters(), torch.optim.Adam, rho=0.1)
+        torch.manual_seed(1)
+        train(model, optimizer, range(6))
+        runs.append((model, optimizer))
+    assert_same(*runs)
+
+
+# --- the contract of a torch optimizer
+
+
+def test_the_loss_returned_is_the_mean_at_the_weights_before_the_step():
+    model = Net(dropout=0)
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    expected = closure_of(model, 0)().mean()
+    loss = optimizer.step(closure_of(model, 0))
+    assert loss.item() == expected.item()
+    assert not loss.requires_grad
+    assert closure_of(model, 0)().mean() < loss
+    assert optimizer.statistics.eps_norm.item() == pytest.approx(0.05, rel=1e-4)
+
+
+def test_a_step_works_where_gradients_are_switched_off():
+    delta, plain = optimizers(SGD, rho=0.0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        train(*delta, range(2))
+    torch.manual_seed(1)
+    train(*plain, range(2))
+    assert_same(delta, plain)
+
+
+def test_a_learning_rate_scheduler_sees_the_base_optimizer():
+    runs = optimizers(SGD, rho=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model, optimizer in runs:
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+            torch.manual_seed(1)
+            for number in range(6):
+                train(model, optimizer, [number])
+                scheduler.step()
+            assert optimizer.param_groups[0]["lr"] == 0.1 / 8
+    assert_same(*runs)
+
+
+@bases
+@pytest.mark.parametrize("first", ["base", "delta"])
+def test_a_state_dict_continues_under_the_base_optimizer_and_the_other_way_round(base, first):
+    delta, plain = optimizers(base, rho=0.0)
+    one, other = (plain, delta) if first == "base" else (delta, plain)
+    torch.manual_seed(1)
+    train(*one, range(5))
+    other[0].load_state_dict(one[0].state_dict())
+    other[1].load_state_dict(one[1].state_dict())
+    train(*other, range(5, 10))
+    _, uninterrupted = optimizers(base)
+    torch.manual_seed(1)
+    train(*uninterrupted, range(10))
+    assert_same(other, uninterrupted)
+
+
+@bases
+@pytest.mark.parametrize("dropout", [0.3, 0.0], ids=["dropout", "deterministic"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, dropout):
+    def fresh():
+        model = Net(dropout)
+        return model, DeltaSAM(model.parameters(), base[0], rho=0.2, **base[1])
+
+    run = fresh()
+    torch.manual_seed(1)
+    train(*run, range(5))
+    saved = io.BytesIO()
+    torch.save([run[0].state_dict(), run[1].state_dict(), torch.get_rng_state()], saved)
+    train(*run, range(5, 10))
+
+    resumed = fresh()
+    saved.seek(0)
+    model_state, optimizer_state, random_state = torch.load(saved)  # plain data, weights_only suffices
+    resumed[0].load_state_dict(model_state)
+    resumed[1].load_state_dict(optimizer_state)
+    torch.set_rng_state(random_state)
+    train(*resumed, range(5, 10))
+    assert_same(run, resumed)
+    assert run[1].statistics == resumed[1].statistics
+    assert run[1].state_dict()["param_groups"] == resumed[1].state_dict()["param_groups"]
+
+
+def test_parameter_groups_keep_their_options_and_share_one_perturbation():
+    runs = []
+    for kind in ("delta", "plain"):
+        model = Net()
+        groups = [{"params": [*model.enter.parameters()], "lr": 0.3}, {"params": [*model.body.parameters()]}]
+        if kind == "delta":
+            optimizer = DeltaSAM(groups, torch.optim.SGD, rho=0.2, weighting="uniform", lr=0.1)
+        else:
+            optimizer = torch.optim.SGD(groups, lr=0.1)
+        optimizer.add_param_group({"params": [*model.leave.parameters()], "lr": 0.0})
+        assert [group["lr"] for group in optimizer.param_groups] == [0.3, 0.1, 0.0]
+        torch.manual_seed(1)
+        train(model, optimizer, range(5), step=None if kind == "delta" else sam_step(0.2))
+        runs.append((model, optimizer))
+    assert_same(*runs)
+    assert flat(runs[0][0].leave.state_dict()) == flat(Net().leave.state_dict())
+    assert flat(runs[0][0].body.state_dict()) != flat(Net().body.state_dict())
+
+
+def test_frozen_and_unused_parameters_never_move():
+    model, places = Net(), []
+    model.enter.requires_grad_(False)
+    model.idle = nn.Parameter(torch.ones(3))
+    model.leave.register_forward_pre_hook(lambda *_: places.append(flat([*model.enter.parameters(), model.idle])))
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.5, weighting="uniform", lr=0.1, weight_decay=0.1)
+    start = flat([*model.enter.parameters(), model.idle])
+    train(model, optimizer, range(3))
+    assert places == [start] * 6
+    assert model.idle.grad is None
+    assert flat([*model.enter.parameters(), model.idle]) == start
+
+
+def test_gradients_of_before_the_step_are_cleared():
+    delta, plain = optimizers(SGD, rho=0.0)
+    for parameter in delta[0].parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    for run in (delta, plain):
+        torch.manual_seed(1)
+        train(*run, range(1))
+    assert_same(delta, plain)
+
+
+def test_step_hooks_can_be_registered():
+    model, calls = Net(), []
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(model, optimizer, range(1))
+    assert calls == ["before", "after"]
+
+
+def test_a_deep_copy_is_an_optimizer_of_its_own(monkeypatch):
+    monkeypatch.setattr(DeltaSAM, "step", DeltaSAM.step)  # torch replaces it on the class when an optimizer is copied
+    run = optimizers(ADAM, rho=0.2)[0]
+    torch.manual_seed(1)
+    train(*run, range(2))
+    copied = copy.deepcopy(run)
+    before = flat(run[0].state_dict())
+    for each in (copied, run):
+        torch.manual_seed(2)
+        train(*each, range(2, 4))
+        assert flat(run[0].state_dict()) == before or each is run
+    assert_same(copied, run)
+
+
+def test_the_representation_names_settings_and_base_optimizer():
+    text = repr(DeltaSAM(Net().parameters(), torch.optim.SGD, rho=0.25, lr=0.1))
+    assert text.startswith("DeltaSAM(Settings(rho=0.25, weighting='curvature'")
+    assert "SGD (" in text
+
+
+# --- misuse and faults
+
+
+def test_an_invalid_setting_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"Invalid rho=-0.1 \(--sam-rho\)"):
+        DeltaSAM(Net().parameters(), torch.optim.SGD, rho=-0.1, lr=0.1)
+
+
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+@pytest.mark.parametrize(("reduce", "shape"), [(torch.mean, "()"), (lambda losses: losses[:0], "(0,)")])
+def test_a_closure_that_does_not_return_one_loss_per_sample_is_refused(weighting, reduce, shape):
+    model = Net()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, weighting=weighting, lr=0.1)
+    before = flat(model.state_dict())
+    with pytest.raises(ValueError, match="Invalid per-sample losses") as error:
+        optimizer.step(lambda: reduce(closure_of(model, 0)()))
+    assert str(error.value) == (
+        f"Invalid per-sample losses of shape {shape}. Must be (B,) with B >= 1: one loss for each "
+        "sample of the batch, e.g. from a loss function with reduction='none', summed over the sample's tokens."
+    )
+    assert flat(model.state_dict()) == before
+
+
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+def test_a_loss_that_is_not_a_number_does_what_it_does_to_the_base_optimizer(weighting):
+    runs = optimizers(SGD, rho=0.2, weighting=weighting)
+    for model, optimizer in runs:
+        closure = closure_of(model, 0)
+        torch.manual_seed(1)
+        loss = take_step(optimizer, lambda closure=closure: closure() * torch.tensor([1.0, torch.nan, 1, 1, 1, 1]))
+        assert loss.isnan()
+    ruined, others = ([p.isnan().all().item() for p in model.parameters()] for model, _ in runs)
+    assert ruined == others
+    assert any(ruined)
+    statistics = runs[0][1].statistics
+    assert (statistics.skipped, statistics.eps_norm, statistics.ess) == (1, 0, 1)
+
+
+FAULTS = {
+    "first probe": (1, False),
+    "second probe": (2, False),
+    "ascent forward": (3, False),
+    "ascent backward": (3, True),
+    "second forward": (4, False),
+    "second backward": (4, True),
+}
+
+
+@bases
+@pytest.mark.parametrize(("fatal", "backward"), FAULTS.values(), ids=FAULTS)
+def test_the_step_after_an_exception_is_that_of_an_undisturbed_run(base, fatal, backward):
+    disturbed, undisturbed = (optimizers(base, rho=0.2)[0] for _ in range(2))
+    for run in (disturbed, undisturbed):
+        torch.manual_seed(1)
+        train(*run, range(2))
+    passes = []
+
+    def fail(*_):
+        raise MemoryError
+
+    def closure():
+        passes.append(None)
+        losses = closure_of(disturbed[0], 2)()
+        if len(passes) == fatal:
+            losses.register_hook(fail) if backward else fail()
+        return losses
+
+    with pytest.raises(MemoryError):
+        disturbed[1].step(closure)
+    assert len(passes) == fatal
+    assert_same(disturbed, undisturbed)
+    for run in (disturbed, undisturbed):
+        torch.manual_seed(3)
+        train(*run, range(2, 4))
+    assert_same(disturbed, undisturbed)
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["around the step", "inside the closure"])
+def test_losses_linear_in_the_weights_are_weighted_uniformly_under_autocast(around):
+    layer = nn.Linear(5, 1, bias=False)
+    layer.weight.data.copy_(torch.linspace(1, 3, 5)[None])
+    optimizer = DeltaSAM(layer.parameters(), torch.optim.SGD, probes=2, lr=0.1)
+
+    def autocast(here):
+        return torch.autocast("cpu", dtype=torch.bfloat16) if here else contextlib.nullcontext()
+
+    def closure():
+        with autocast(not around):
+            return layer(torch.eye(5))[:, 0].float()
+
+    with autocast(around):
+        optimizer.step(closure)
+    assert optimizer.statistics.ess.item() == pytest.approx(1, abs=1e-6)
+
+
+# --- without fairseq
+
+TRAIN_WITHOUT_FAIRSEQ = """
+import importlib.util, sys, torch
+assert importlib.util.find_spec("fairseq") is None
+from deltasam_plugin import DeltaSAM
+model = torch.nn.Linear(3, 2)
+optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.05, weighting="curvature", lr=0.1, momentum=0.9)
+x, y = torch.randn(8, 3), torch.arange(8) % 2
+losses = [optimizer.step(lambda: torch.nn.functional.cross_entropy(model(x), y, reduction="none")) for _ in range(9)]
+assert losses[-1] < losses[0]
+assert not [name for name in sys.modules if name.startswith(("fairseq", "omegaconf", "hydra"))]
+"""
+
+
+def test_the_package_trains_where_fairseq_is_not_installed(tmp_path):
+    # A copy, by links, of all that is installed except fairseq; -S keeps the real site-packages out.
+    for folder in map(Path, site.getsitepackages()):
+        for entry in folder.iterdir() if folder.exists() else ():
+            if "fairseq" not in entry.name and not entry.name.startswith(("omegaconf", "hydra")):
+                (tmp_path / entry.name).symlink_to(entry)
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", TRAIN_WITHOUT_FAIRSEQ],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr

@@ -17,9 +17,9 @@ from fairseq.logging import metrics
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from deltasam_plugin.batch import BatchPerturbation
 from deltasam_plugin.fairseq_config import NAME, BaseOptions
-from deltasam_plugin.fairseq_optimizer import active_optimizer, refuse_unsupported
+from deltasam_plugin.fairseq_optimizer import active_optimizer
+from deltasam_plugin.fairseq_refusals import refuse_unsupported
 from deltasam_plugin.gradient import Objective, Statistics, sharpness_aware_loss
 from deltasam_plugin.per_sample import Adaptor, adaptor_of, check_sum, objective_of, recorded_outputs
 
@@ -33,7 +33,7 @@ class DeltaSAMCriterionConfig(FairseqDataclass):
 
 OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig)
 
-MEANS = ("ess", "weight_max", "ascent_gnorm", "eps_norm")  # averaged over micro-batches and workers
+MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm")  # averaged over micro-batches and workers
 BATCHES = "sam_batches"
 
 
@@ -71,10 +71,8 @@ class SharpnessAwareCriterion(FairseqCriterion):
         def second() -> Tensor:
             return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
-        leaves = [*inner.parameters(), *self.parameters()]
-        weights = optimizer.weights(inner, self)
-        perturbation = BatchPerturbation(weights, leaves, optimizer.settings, workers=optimizer.workers)
-        devices = {weight.parameter.device for weight in weights}
+        devices = {weight.parameter.device for weight in optimizer.weights(inner, self)}
+        perturbation = optimizer.perturbation(inner, self)
         loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
         sample_size, logging_output = results[0]
         for item in fields(Statistics):

@@ -21,8 +21,11 @@ from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from deltasam_plugin.batch import coarsest
+from deltasam_plugin.batch import BatchPerturbation, coarsest
 from deltasam_plugin.fairseq_config import NAME, BaseOptions
+from deltasam_plugin.fairseq_refusals import refuse_unsupported
+from deltasam_plugin.gradient import Perturbation
+from deltasam_plugin.instance import InstanceAscent, InstancePerturbation
 from deltasam_plugin.perturbation import Weight, global_norm
 from deltasam_plugin.replay import observed_autocast
 from deltasam_plugin.settings import PERTURBATIONS, Settings
@@ -84,6 +87,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     settings: Settings
     _given: list[Tensor]
     _weights: tuple[list[nn.Module], list[Weight]] | None = None
+    _engine: tuple[list[nn.Module], InstancePerturbation] | None = None
 
     def weights(self, *modules: nn.Module) -> list[Weight]:
         """The trainable parameters of `modules`, each with the optimizer's fp32 copy of it where there is one.
@@ -102,6 +106,17 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             warn_of_half_precision(weights, self.settings)
             self._weights = (list(modules), weights)
         return self._weights[1]
+
+    def perturbation(self, *modules: nn.Module) -> Perturbation:
+        """The perturbation of one (micro-)batch of model and criterion."""
+        weights = self.weights(*modules)
+        if self.settings.perturbation == "batch" or self.settings.rho == 0:
+            leaves = [parameter for module in modules for parameter in module.parameters()]
+            return BatchPerturbation(weights, leaves, self.settings, workers=self.workers)
+        if self._engine is None or self._engine[0] != list(modules):
+            named = [item for module in modules for item in module.named_parameters()]
+            self._engine = (list(modules), InstancePerturbation(named, self.settings.rho))
+        return InstanceAscent(self._engine[1])
 
     @property
     def workers(self) -> Workers:
@@ -214,36 +229,3 @@ class FairseqDeltaSAM(FairseqOptimizer):
 
 
 OPTIONS.refresh()
-
-
-def refuse_unsupported(root: DictConfig) -> None:
-    """Refuse at start-up what would train something else than δ-SAM.
-
-    Args:
-        root: the whole configuration; sections that are absent are not looked at.
-
-    Raises:
-        ValueError: with value, rule and remedy.
-    """
-    names = {section: _name(root.get(section)) for section in ("optimizer", "criterion")}
-    if names["optimizer"] == NAME and names["criterion"] not in (None, NAME):
-        raise ValueError(
-            f"Optimizer 'delta_sam' with criterion {names['criterion']!r}: it needs per-sample losses. "
-            f"Use --criterion delta_sam --base-criterion {names['criterion']}."
-        )
-    if names["criterion"] == NAME and names["optimizer"] not in (None, NAME):
-        raise ValueError(
-            f"Criterion 'delta_sam' with optimizer {names['optimizer']!r}: its gradient is computed for 'delta_sam'. "
-            f"Use --optimizer delta_sam --base-optimizer {names['optimizer']}."
-        )
-    backend = str((root.get("distributed_training") or {}).get("ddp_backend"))
-    if backend == "fully_sharded":
-        raise ValueError(
-            f"Invalid ddp_backend={backend!r} (--ddp-backend): δ-SAM needs every parameter whole in each process. "
-            "Use legacy_ddp or pytorch_ddp."
-        )
-
-
-def _name(section: Any) -> str | None:
-    name = section if isinstance(section, str) else getattr(section, "_name", None)
-    return None if name is None else str(name)

@@ -10,7 +10,7 @@ every instance (``instance``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
@@ -28,11 +28,14 @@ class Objective(NamedTuple):
         loss: L, scalar.
         losses: :math:`\ell_i`, the per-sample losses with graph, shape (B,).
         shared: s, scalar, where a part of the loss belongs to the batch and to no sample; else None.
+        rows: where layers of the model see a selection of all positions (masked tokens): the sample of each selected
+            row, integer (N,), one tensor for each selection.
     """
 
     loss: Tensor
     losses: Tensor
     shared: Tensor | None = None
+    rows: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Statistics:
         sharpness: L at the perturbed weights − L(w), in the unit of the loss (a sum over the batch, natural logarithm).
         ess: effective sample size of the weights as a share of the batch.
         weight_max: B · max v.
-        ascent_gnorm: ‖Σ vᵢgᵢ‖.
-        eps_norm: L2 norm by which the weights really moved.
+        ascent_gnorm: ‖Σ vᵢgᵢ‖; per instance: the mean of ‖gᵢ‖.
+        ascent_gnorm_std: per instance: the standard deviation of ‖gᵢ‖; else 0.
+        eps_norm: L2 norm by which the weights really moved; per instance: ρ.
         skipped: 1 if the ascent was skipped, else 0.
     """
 
@@ -52,6 +56,7 @@ class Statistics:
     ess: Tensor
     weight_max: Tensor
     ascent_gnorm: Tensor
+    ascent_gnorm_std: Tensor
     eps_norm: Tensor
     skipped: Tensor
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from deltasam_plugin.batch import BatchPerturbation
-from deltasam_plugin.gradient import Objective, Statistics, sharpness_aware_loss
+from deltasam_plugin.gradient import Objective, Perturbation, Statistics, sharpness_aware_loss
+from deltasam_plugin.instance import InstanceAscent, InstancePerturbation
 from deltasam_plugin.perturbation import Weight
 from deltasam_plugin.settings import Settings
 
@@ -33,7 +34,7 @@ class DeltaSAM(Optimizer):
         weighting: ``curvature`` or ``uniform`` (plain SAM).
         probes: number of curvature probes per step, two forward passes each.
         probe_scale: length of a probe's displacement as a fraction of the weights' L2 norm.
-        perturbation: ``batch``, one perturbation for the whole batch.
+        perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for every sample, exactly.
         **base_options: options of the base optimizer, by their own names.
 
     Raises:
@@ -62,6 +63,7 @@ class DeltaSAM(Optimizer):
         self.settings = Settings(rho, weighting, probes, probe_scale, perturbation)
         self.base_optimizer = base_optimizer(params, **base_options)
         self.statistics: Statistics | None = None
+        self._engine: InstancePerturbation | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings}, {self.base_optimizer!r})"
@@ -132,13 +134,20 @@ class DeltaSAM(Optimizer):
 
         group = self.param_groups[0]
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        weights = [Weight(parameter) for parameter in parameters]
         self.zero_grad()
         with torch.enable_grad():
-            perturbation = BatchPerturbation(weights, parameters, self.settings, group.get(STEP, 0))
+            perturbation = self._perturbation(parameters, group.get(STEP, 0))
             devices = {parameter.device for parameter in parameters}
             loss, self.statistics = sharpness_aware_loss(first, lambda: closure().mean(), perturbation, devices)
             loss.backward()
         self.base_optimizer.step()
         group[STEP] = group.get(STEP, 0) + 1
         return loss.detach()
+
+    def _perturbation(self, parameters: list[nn.Parameter], step: int) -> Perturbation:
+        if self.settings.perturbation == "batch" or self.settings.rho == 0:
+            return BatchPerturbation([Weight(parameter) for parameter in parameters], parameters, self.settings, step)
+        if self._engine is None or [id(p) for p in self._engine.parameters] != [id(p) for p in parameters]:
+            names = [f"parameter {index}" for index in range(len(parameters))]
+            self._engine = InstancePerturbation(zip(names, parameters, strict=True), self.settings.rho)
+        return InstanceAscent(self._engine)

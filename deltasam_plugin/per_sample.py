@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from deltasam_plugin.gradient import Objective
 
-Adaptor = Callable[..., "Tensor | tuple[Tensor, Tensor | None]"]
+Adaptor = Callable[..., Any]
 
 ADAPTORS: dict[str, Adaptor] = {}
 CALLS: dict[str, Sequence[str]] = {}
@@ -61,7 +61,9 @@ def per_sample_losses(name: str, calls: Sequence[str] = ()) -> Callable[[Adaptor
     The adaptor is called as ``adaptor(criterion, model, sample, *outputs)``, with what the model returned during the
     criterion's forward, one output per call of the model, in order. It returns the per-sample losses, shape (B,), with
     graph; or a pair of these and a scalar, the part of the loss that belongs to the batch and to no sample (a diversity
-    term, say), which is minimized and ascended but has no part in the weights. It must draw no random numbers, use no
+    term, say), which is minimized and ascended but has no part in the weights. Where layers of the model see only a
+    selection of all positions (masked tokens), a third element, ``[rows]``, says which sample each selected position
+    belongs to, for ``--sam-perturbation instance``. The adaptor must draw no random numbers, use no
     weights and change nothing: what the criterion asks of the model beyond its output is recorded, with `calls`, and
     not computed anew.
 
@@ -152,7 +154,7 @@ def _recorded_call(model: nn.Module, path: str, outputs: list[Any]) -> Iterator[
                 vars(owner)[last] = before
 
 
-def objective_of(loss: Tensor, adapted: Tensor | tuple[Tensor, Tensor | None]) -> Objective:
+def objective_of(loss: Tensor, adapted: Tensor | tuple[Any, ...]) -> Objective:
     """The criterion's loss, as a scalar, together with what its adaptor returned."""
     loss = loss.reshape(())  # adaptive_loss gives (1,)
     return Objective(loss, *adapted) if isinstance(adapted, tuple) else Objective(loss, adapted)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deltasam_plugin.weighting import WEIGHTINGS
 
-PERTURBATIONS = ("batch",)
+PERTURBATIONS = ("batch", "instance")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Settings:
         probes: number K >= 1 of Gaussian probes averaged by the curvature weighting.
         probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the weights
             (dimensionless): :math:`E\|\sigma u\|^2 = (\text{probe\_scale}\,\|w\|)^2`.
-        perturbation: ``batch``, one perturbation for the whole batch.
+        perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for every sample, exactly
+            (weighting, probes and sync have no part in it).
         sync: whether data-parallel workers share one perturbation, that of the union of their batches; by default each
             perturbs by its own batch (m-sharpness).
 

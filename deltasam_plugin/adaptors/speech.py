@@ -104,7 +104,9 @@ def _samples_of_steps(criterion: Any, model: Any, logits: Tensor, frames: int, b
 
 
 @per_sample_losses("hubert", calls=["apply_mask"])
-def _masked_units(criterion: Any, model: Any, sample: Any, masking: Any, net_output: Any) -> tuple[Tensor, Tensor | None]:
+def _masked_units(
+    criterion: Any, model: Any, sample: Any, masking: Any, net_output: Any
+) -> tuple[Tensor, Tensor | None]:
     mask, padding = masking[1], net_output["padding_mask"]
     if hasattr(model, "downsample_modules"):
         raise ValueError(

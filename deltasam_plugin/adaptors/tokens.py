@@ -96,13 +96,14 @@ def _adaptive(criterion: Any, model: Any, sample: Any, net_output: Any, softmax:
 
 
 @per_sample_losses("masked_lm")
-def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
+def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> tuple[Tensor, None, list[Tensor]]:
     target, logits = sample["target"], net_output[0].view(-1, net_output[0].size(-1))
     selected = target.ne(criterion.padding_idx)
     if len(logits) == target.numel():  # where no token is masked, the model predicts them all
         selected = torch.ones_like(selected)
     losses = cross_entropy(logits, target[selected], ignore_index=criterion.padding_idx, reduction="none")
-    return summed_by_sample(losses, selected.nonzero()[:, 0], target.size(0))
+    rows = selected.nonzero()[:, 0]
+    return summed_by_sample(losses, rows, target.size(0)), None, [rows]
 
 
 @per_sample_losses("nat_loss")

@@ -24,8 +24,8 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     ),
     "no adaptor": (
         delta("tacotron2"),
-        "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses: its terms are means over all frames of the "
-        "batch. Choose one of: adaptive_loss, cross_entropy, ctc, ",
+        "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses: its terms are means over all frames of "
+        "the batch. Choose one of: adaptive_loss, cross_entropy, ctc, ",
     ),
     "unknown criterion": (
         delta("cross_entorpy"),
@@ -68,7 +68,7 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     ),
     "unknown perturbation": (
         [*delta(), "--sam-perturbation", "layer"],
-        "Unknown perturbation='layer' (--sam-perturbation). Choose one of: batch",
+        "Unknown perturbation='layer' (--sam-perturbation). Choose one of: batch, instance.",
     ),
 }
 
@@ -84,7 +84,7 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
 def test_sharded_parameters_are_refused() -> None:
     from omegaconf import OmegaConf
 
-    from deltasam_plugin.fairseq_optimizer import refuse_unsupported
+    from deltasam_plugin.fairseq_refusals import refuse_unsupported
 
     with pytest.raises(ValueError, match=r"Invalid ddp_backend='fully_sharded' \(--ddp-backend\): δ-SAM needs every"):
         refuse_unsupported(OmegaConf.create({"distributed_training": {"ddp_backend": "fully_sharded"}}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,6 +68,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
             task = tasks.setup_task(cfg.task)
             model = task.build_model(cfg.model)
             criterion = task.build_criterion(cfg.criterion)
+            with torch.no_grad():  # fresh biases are zero, and fresh heads say the same of all samples
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
             task.load_dataset("train")
             built[name] = criterion, model, task
         return built[name]
@@ -198,6 +200,32 @@ def test_masks_of_unequal_size(build: Callable[[str], Any]) -> None:
     assert losses[1] > 1.5 * losses[2]
 
 
+class Frames(torch.nn.Module):
+    """A CTC model that has made its predictions already."""
+
+    def forward(self, lprobs: torch.Tensor, padding_mask: torch.Tensor | None, **lengths: torch.Tensor) -> Any:
+        return {"lprobs": lprobs, "padding_mask": padding_mask}
+
+    def get_normalized_probs(self, net_output: Any, log_probs: bool) -> torch.Tensor:
+        return net_output["lprobs"]
+
+
+@pytest.mark.parametrize("given", ["src_lengths", "padding_mask", "nothing"])
+def test_ctc_reads_the_lengths_where_the_criterion_does(build: Callable[[str], Any], given: str) -> None:
+    criterion, _, _ = build("ctc")
+    lengths = torch.tensor([9, 12, 7])
+    net_input = {"lprobs": torch.randn(12, 3, len(criterion.task.target_dictionary)).log_softmax(-1)}
+    net_input["padding_mask"] = torch.arange(12) >= lengths[:, None] if given == "padding_mask" else None
+    if given == "src_lengths":
+        net_input["src_lengths"] = lengths
+    sample = {"net_input": net_input, "target": torch.tensor([[5, 6, 7], [8, 9, 1], [5, 1, 1]]), "id": torch.arange(3)}
+    loss, losses, _ = losses_of("ctc", criterion, Frames(), sample)
+    torch.testing.assert_close(losses.sum(), loss)
+    if given != "nothing":
+        sample["net_input"]["lprobs"][9:, 0] = -50.0  # beyond its length, which no loss may see
+        torch.testing.assert_close(losses_of("ctc", criterion, Frames(), sample)[1], losses)
+
+
 REFUSALS: dict[str, tuple[str, Any, str]] = {
     "predictions": (
         "sentence_ranking",
@@ -284,6 +312,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_recording_in_the_order_of_the_calls(recording: str) -> None:
     model = Parts()
     with recorded_outputs(model, recording) as outputs:
+        assert isinstance(model.head, torch.nn.Identity)
         model(1), model.head(2), model.probabilities(3), model(4)
     model(5), model.head(6), model.probabilities(7)
     assert outputs == [1, 2, 30, 4]

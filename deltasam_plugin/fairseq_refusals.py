@@ -1,0 +1,70 @@
+"""Configurations that would train something else than δ-SAM, refused at start-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from deltasam_plugin.fairseq_config import NAME
+
+WHOLE = "δ-SAM needs every parameter whole in each process"
+ALIKE = "δ-SAM needs gradients that are exchanged at every update"
+REFUSED: list[tuple[str, str, Any, str]] = [
+    # section, option, value, reason and remedy
+    ("distributed_training", "ddp_backend", "fully_sharded", f"{WHOLE}. Use legacy_ddp or pytorch_ddp."),
+    ("distributed_training", "ddp_backend", "slowmo", f"{ALIKE}. Use legacy_ddp or pytorch_ddp."),
+    ("distributed_training", "pipeline_model_parallel", True, f"{WHOLE}. Leave it out."),
+    ("optimization", "use_bmuf", True, f"{ALIKE}. Leave it out."),
+    ("common", "tpu", True, "δ-SAM replays random numbers, which it cannot on a TPU. Leave it out (on the command line "
+     "--bf16 implies it; fairseq-hydra-train has common.bf16 without)."),
+]  # fmt: skip
+REFUSED_PER_INSTANCE = {
+    "checkpoint_activations": "it runs layers again in backward, where their output gradients are not recorded",
+    "offload_activations": "it runs layers again in backward, where their output gradients are not recorded",
+    "quant_noise_pq": "the forward pass rewrites the weights",
+}
+
+
+def refuse_unsupported(root: DictConfig) -> None:
+    """Refuse at start-up what would train something else than δ-SAM.
+
+    Args:
+        root: the whole configuration; sections that are absent are not looked at.
+
+    Raises:
+        ValueError: with value, rule and remedy.
+    """
+    optimizer, criterion = (_name(root.get(section)) for section in ("optimizer", "criterion"))
+    if optimizer == NAME and criterion not in (None, NAME):
+        raise ValueError(
+            f"Optimizer 'delta_sam' with criterion {criterion!r}: it needs per-sample losses. "
+            f"Use --criterion delta_sam --base-criterion {criterion}."
+        )
+    if criterion == NAME and optimizer not in (None, NAME):
+        raise ValueError(
+            f"Criterion 'delta_sam' with optimizer {optimizer!r}: its gradient is computed for 'delta_sam'. "
+            f"Use --optimizer delta_sam --base-optimizer {optimizer}."
+        )
+    for section, option, value, reason in REFUSED:
+        found = _value(root.get(section), option)
+        if found == value or str(found) == value:
+            flag = "--" + option.replace("_", "-")
+            raise ValueError(f"Invalid {option}={value!r} ({flag}): {reason}")
+    if _value(root.get("optimizer"), "sam_perturbation") == "instance":
+        for option, reason in REFUSED_PER_INSTANCE.items():
+            if found := _value(root.get("model"), option):
+                flag = "--" + option.replace("_", "-")
+                raise ValueError(
+                    f"Invalid {option}={found!r} ({flag}) with --sam-perturbation instance: {reason}. "
+                    "Leave it out, or use --sam-perturbation batch."
+                )
+
+
+def _name(section: Any) -> str | None:
+    name = section if isinstance(section, str) else getattr(section, "_name", None)
+    return None if name is None else str(name)
+
+
+def _value(section: Any, option: str) -> Any:
+    return section.get(option) if isinstance(section, DictConfig) else getattr(section, option, None)

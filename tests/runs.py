@@ -95,6 +95,11 @@ def scalars(logdir: Path, *names: str) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
+def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between two checkpoints' weights."""
+    return max(float((weight - other["model"][name]).abs().max()) for name, weight in one["model"].items())
+
+
 def assert_same_model(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two checkpoints hold the same weights and the same optimizer state, bit for bit."""
     assert one["model"].keys() == other["model"].keys()

@@ -402,6 +402,22 @@ def test_a_half_precision_model_is_perturbed_through_its_masters(batches):
     assert same(weights(model), before)
 
 
+@pytest.mark.parametrize(("dtype", "shown"), [(torch.float16, True), (torch.float32, False)], ids=str)
+def test_an_ascent_that_overflows_in_half_precision_is_shown_to_dynamic_loss_scaling(dtype, shown):
+    weight = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def first():
+        losses = weight * torch.finfo(dtype).max  # a loss scale of 2 is too much for its gradient
+        return Objective(losses.mean(), losses)
+
+    perturbation = BatchPerturbation([Weight(weight)], [weight], UNIFORM)
+    loss, statistics = sharpness_aware_loss(first, weight.sum, perturbation, {torch.device("cpu")})
+    (2 * loss).backward()
+    assert statistics.skipped == 1
+    assert weight.grad.tolist() == [math.inf if shown else 2.0] * 2
+    assert weight.tolist() == [1.0, 1.0]
+
+
 def test_the_coarsest_type_decides_what_is_rounding():
     assert coarsest({torch.float32, torch.float64}) == torch.float32
     assert coarsest({torch.float32, torch.float16}) == torch.float16

@@ -420,9 +420,10 @@ def test_a_second_pass_that_is_no_repetition_is_refused() -> None:
             losses = sequence_losses(MODEL, torch.tensor([[1, 2, 3], [4, 5, 6]]))
         return engine.solve(tape, losses)
 
-    with pytest.raises(
-        RuntimeError, match=r"calls embedding\(embedding.weight\) with leading sizes \(2, 2\) where the"
-    ), engine.perturbed(correction()):
+    with (
+        pytest.raises(RuntimeError, match=r"calls embedding\(embedding.weight\) with leading sizes \(2, 2\) where the"),
+        engine.perturbed(correction()),
+    ):
         sequence_losses(MODEL, torch.tensor([[1, 2], [4, 5]]))
     with pytest.raises(RuntimeError, match="second pass ends where the first had linear"):
         with engine.perturbed(correction()):

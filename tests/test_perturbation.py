@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from deltasam_plugin.perturbation import Weight, ascended, displace, global_norm, restored
+from deltasam_plugin.perturbation import Weight, ascended, displace, global_norm, origins, restored
 
 INTEGERS = {
     torch.float64: torch.int64,
@@ -82,6 +82,7 @@ def test_a_zero_or_non_finite_gradient_moves_nothing_and_makes_no_nan(drawn, val
     with ascended([Weight(weight) for weight in parameters], gradients, 0.05) as ascent:
         assert bits(parameters) == before
         assert (ascent.gradient_norm.item(), ascent.moved.item(), ascent.skipped.item()) == (0, 0, 1)
+        assert ascent.overflowed.item() == (value != 0)
     assert bits(parameters) == before
 
 
@@ -215,6 +216,22 @@ def test_displacing_again_starts_from_the_weights_and_not_from_where_they_are():
         assert [weight.parameter.tolist() for weight in weights] == [[0.75, 1.75], [3.0]]
 
 
+@pytest.mark.parametrize("rho", [5.0, 0.0])
+def test_a_parameter_that_the_forward_pass_rewrites_is_perturbed_from_what_it_was_before(rho):
+    weights = [Weight(parameter([1.0, 2.0]), rewritten=True), Weight(parameter([5.0]))]
+    weights.append(Weight(parameter([7.0]), rewritten=True))
+    starts = origins(weights)
+    assert [start if start is None else start.tolist() for start in starts] == [[1.0, 2.0], None, [7.0]]
+    for weight in weights:
+        weight.parameter.data.fill_(9)  # what the first pass made of them
+    gradients = [torch.tensor([3.0, 0.0]), torch.tensor([4.0]), None]
+    with ascended(weights, gradients, rho, starts) as ascent:
+        moved = [[1.0 + 0.6 * rho, 2.0], [9.0 + 0.8 * rho], [7.0]]
+        assert [weight.parameter.tolist() for weight in weights] == moved
+        assert ascent.moved.item() == rho
+    assert [weight.parameter.tolist() for weight in weights] == [[9.0, 9.0], [9.0], [9.0]]
+
+
 @given(arrays(3, WEIGHTS).map(parameter), arrays(3, st.floats(width=32)))
 def test_a_scale_of_zero_moves_nothing_whatever_the_step_holds(weight, step):
     before = bits([weight])
@@ -304,7 +321,7 @@ def test_the_norm_is_accurate_at_twenty_million_elements_where_torch_s_own_is_no
     assert abs(values.norm().item() / truth - 1) > 1e-4
 
 
-def test_the_radius_holds_for_a_subnormal_gradient():
+def test_a_subnormal_gradient_moves_by_rho_or_not_at_all():
     weight = parameter([0.0, 0.0])
     with ascended([Weight(weight)], [torch.full((2,), 2.0**-149)], 0.05) as ascent:
         assert ascent.skipped or norm_of([weight.detach()]) == pytest.approx(0.05, rel=1e-6)

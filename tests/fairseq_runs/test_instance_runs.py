@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ADAM, SENTENCES, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars
+from runs import ADAM, SENTENCES, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,11 +14,6 @@ from deltasam_plugin import DeltaSAM
 
 INSTANCE = ["--sam-perturbation", "instance"]
 SGD = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02]
-
-
-def distance(one: dict, other: dict) -> float:
-    """The largest difference between two checkpoints' weights."""
-    return max(float((weight - other["model"][name]).abs().max()) for name, weight in one["model"].items())
 
 
 def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fairseq_cli import preprocess
-from runs import ADAM, TRANSLATION, delta, run, scalars, write_translation
+from runs import ADAM, TRANSLATION, delta, distance, run, scalars, write_translation
 
 SPY = "spying_label_smoothed_cross_entropy"
 SPYING_USER_DIR = '''"""A user-dir of one's own, with a criterion that writes down which weights it saw in training."""
@@ -74,11 +74,6 @@ class Runs:
         assert codes == [0] * workers, (folder / f"output{codes.index(max(codes))}").read_text()[-4000:]
         notes = [(folder / f"notes{rank}").read_text().split() for rank in range(workers)]
         return {**torch.load(folder / "checkpoint_last.pt"), "notes": notes, "logs": folder / "logs"}
-
-
-def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest difference between two checkpoints' weights."""
-    return max(float((weight - other["model"][name]).abs().max()) for name, weight in one["model"].items())
 
 
 @pytest.fixture

@@ -1,0 +1,80 @@
+"""A job killed at three in the morning."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import ADAM, TRANSLATION, USER_DIR, assert_same_model, delta, fairseq_train
+
+KILLS = 20
+
+
+@pytest.mark.slow
+def test_killed_run_continues_to_the_same_weights(translation_data: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, 20 times; the run still ends where the uninterrupted one does."""
+    options = [*TRANSLATION, *ADAM, *delta(), "--label-smoothing", 0.1, "--update-freq", 2]
+    options += ["--save-interval-updates", 5, "--keep-interval-updates", 2, "--no-epoch-checkpoints"]
+    options += ["--disable-validation", "--skip-invalid-size-inputs-valid-test"]
+    killed = tmp_path / "killed"
+    command = [Path(sys.executable).parent / "fairseq-train", translation_data, *options, "--save-dir", killed]
+    command += ["--cpu", "--seed", 3, "--lr", 0.01, "--batch-size", 16, "--num-workers", 0, "--user-dir", USER_DIR]
+    command += ["--max-update", 100_000]
+    draw = random.Random(0)
+    reached = [0]
+    for _ in range(KILLS):
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        begin = updates(killed)
+        while updates(killed) == begin:  # at least one checkpoint further, then at any moment
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 1.5))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached.append(updates(killed))
+    assert len(set(reached)) == KILLS + 1
+    end = reached[-1] + 7
+    resumed = fairseq_train(translation_data, killed, *options, updates=end)
+    whole = fairseq_train(translation_data, tmp_path / "whole", *options, updates=end)
+    assert resumed["optimizer_history"][-1]["num_updates"] == end
+    assert_same_model(whole, resumed)
+
+
+def updates(folder: Path) -> int:
+    """How far the checkpoints of a run have come."""
+    found = [int(path.stem.rsplit("_", 1)[1]) for path in folder.glob("checkpoint_*_*.pt")]
+    return max(found, default=0)
+
+
+def test_interrupt_from_the_keyboard(translation_data: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of everything, then on: the same run."""
+    options = [*TRANSLATION, *ADAM, *delta(), "--save-interval-updates", 1]
+    whole = fairseq_train(translation_data, tmp_path / "whole", *options, updates=8)
+    parts = tmp_path / "parts"
+    for _ in range(2):
+        begin = updates(parts)
+        previous = signal.signal(signal.SIGALRM, lambda *_: _interrupt(parts, begin))
+        signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                fairseq_train(translation_data, parts, *options, updates=8)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
+    assert_same_model(whole, fairseq_train(translation_data, parts, *options, updates=8))
+    assert torch.isfinite(whole["model"]["decoder.layers.0.fc1.weight"]).all()
+
+
+def _interrupt(folder: Path, begin: int) -> None:
+    if updates(folder) > begin:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt

@@ -1,6 +1,9 @@
 # make install   .venv with the plugin, fairseq and every tool, at the tested versions
 # make example   examples/sentiment: Adam, SAM and δ-SAM on real sentences, ends with a table
+# make example-translation   examples/translation: the same for translation from German, ends with BLEU; SOURCE_FILE=<file>
+#                TARGET_FILE=<file> uses two parallel files of your own instead of Debian's packages
 # make test      the test suite
+# make test-all  the test suite with its slow tests
 # make lint      ruff and mypy
 # make clean     removes what the targets above made, .venv included
 #
@@ -11,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install example test lint clean
+.PHONY: install example example-translation test test-all lint clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -23,9 +26,15 @@ $(INSTALLED): setup.py constraints.txt
 	touch $@
 
 example: $(INSTALLED)
-	$(BIN)/python examples/sentiment/run.py
+	$(BIN)/python -m examples.sentiment.run
+
+example-translation: $(INSTALLED)
+	$(BIN)/python -m examples.translation.run $(if $(SOURCE_FILE),--source '$(SOURCE_FILE)') $(if $(TARGET_FILE),--target '$(TARGET_FILE)')
 
 test: $(INSTALLED)
+	$(BIN)/python -m pytest -q tests -m "not slow"
+
+test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests
 
 lint: $(INSTALLED)
@@ -34,5 +43,5 @@ lint: $(INSTALLED)
 	$(BIN)/mypy deltasam_plugin
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache examples/sentiment/work
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache examples/*/work
 	find deltasam_plugin tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,7 @@ setup(
     package_data={"deltasam_plugin": ["py.typed"]},
     zip_safe=False,
     python_requires=">=3.10",
-    install_requires=["torch>=2.4"],
+    install_requires=["torch>=2.4", "numpy"],
     extras_require={"fairseq": FAIRSEQ, "examples": EXAMPLES, "test": TEST},
     classifiers=[
         "Intended Audience :: Science/Research",

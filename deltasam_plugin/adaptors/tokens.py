@@ -83,16 +83,19 @@ def _twice(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Ten
 
 
 @per_sample_losses("adaptive_loss", calls=["decoder.adaptive_softmax"])
-def _adaptive(criterion: Any, model: Any, sample: Any, net_output: Any, softmax: Any) -> Tensor:
+def _adaptive(
+    criterion: Any, model: Any, sample: Any, net_output: Any, softmax: Any
+) -> tuple[Tensor, None, list[Tensor]]:
     target = model.get_targets(sample, net_output)
-    _, rows = model.decoder.adaptive_softmax.adapt_target(target.view(-1))
+    _, selections = model.decoder.adaptive_softmax.adapt_target(target.view(-1))  # for the rarer words, by cluster
     everyone = torch.arange(target.numel(), device=target.device)
+    rows = [None if chosen is None else chosen // target.size(1) for chosen in [everyone, *selections]]
     total = net_output[0].new_zeros(target.size(0))
-    for logits, labels, selected in zip(*softmax, [everyone, *rows]):
-        if labels is not None:
+    for logits, labels, samples in zip(*softmax, rows):
+        if samples is not None:
             losses = F.cross_entropy(logits, labels, ignore_index=criterion.padding_idx, reduction="none")
-            total = total + summed_by_sample(losses, selected // target.size(1), target.size(0))
-    return total
+            total = total + summed_by_sample(losses, samples, target.size(0))
+    return total, None, [samples for samples in rows[1:] if samples is not None]
 
 
 @per_sample_losses("masked_lm")

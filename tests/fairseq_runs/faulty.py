@@ -21,9 +21,9 @@ PASSES = {"probe +": 0, "probe -": 1, "ascent": 2, "second forward": 3, "second 
 
 @dataclass
 class Plan:
-    """When to fail: in which update's which pass, and how; counts the training passes as they come."""
+    """When to fail: in which batch's which pass, and how; counts the training passes as they come."""
 
-    update: int = -1
+    batch: int = -1
     where: str = "ascent"
     error: Exception | None = None
     calls: int = 0
@@ -32,7 +32,7 @@ class Plan:
     def due(self) -> bool:
         """Called once per training pass; is this the one?"""
         call, self.calls = self.calls, self.calls + 1
-        return call == self.update * 4 + PASSES[self.where]
+        return call == self.batch * 4 + PASSES[self.where]
 
 
 plan = Plan()

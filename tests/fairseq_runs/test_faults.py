@@ -28,7 +28,7 @@ def reference(translation_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.parametrize("where", faulty.PASSES)
 def test_crash_holds_the_weights(translation_data: Path, tmp_path: Path, reference: dict, where: str) -> None:
     """crash.pt, which fairseq writes on the way out, is the state after update 3; resuming gives update 5 as ever."""
-    faulty.plan = faulty.Plan(update=3, where=where, error=ValueError("cosmic ray"))
+    faulty.plan = faulty.Plan(batch=3, where=where, error=ValueError("cosmic ray"))
     with pytest.raises(ValueError, match="cosmic ray"):
         fairseq_train(translation_data, tmp_path, *OPTIONS, updates=5)
     assert_same_model(torch.load(tmp_path / "crash.pt"), reference[3])
@@ -42,7 +42,7 @@ def test_out_of_memory_drops_the_batch(translation_data: Path, tmp_path: Path, w
     """fairseq goes on without the batch; in which pass memory ran out makes no difference to anything."""
     finals = []
     for folder, failing in {"one": "probe +", "other": where}.items():
-        faulty.plan = faulty.Plan(update=2, where=failing, error=RuntimeError("CUDA out of memory (simulated)"))
+        faulty.plan = faulty.Plan(batch=2, where=failing, error=RuntimeError("CUDA out of memory (simulated)"))
         finals.append(fairseq_train(translation_data, tmp_path / folder, *OPTIONS, updates=5))
     assert_same_model(*finals)
 
@@ -51,7 +51,7 @@ def test_nan_loss_is_fairseqs_own_error(translation_data: Path, tmp_path: Path, 
     """A batch whose loss is NaN ends the run as it ends the base run, with w in crash.pt."""
     ends = []
     for name, update, options in [("base", 0, base(faulty.NAME)), ("delta", 3, delta(faulty.NAME))]:
-        faulty.plan = faulty.Plan(update=update, where="second forward")  # the fourth batch, in both
+        faulty.plan = faulty.Plan(batch=update, where="second forward")  # the fourth batch, in both
         with pytest.raises((FloatingPointError, StopIteration)) as end:
             fairseq_train(translation_data, tmp_path / name, *TRANSLATION, *ADAM, *options, updates=5)
         error: BaseException | None = end.value
@@ -66,7 +66,7 @@ def test_nan_loss_is_fairseqs_own_error(translation_data: Path, tmp_path: Path, 
 
 def test_nan_in_the_ascent_gives_no_ascent(translation_data: Path, tmp_path: Path) -> None:
     """There is nothing to climb: the batch is descended at w, and counted."""
-    faulty.plan = faulty.Plan(update=1, where="ascent")
+    faulty.plan = faulty.Plan(batch=1, where="ascent")
     options = [*OPTIONS, "--tensorboard-logdir", tmp_path / "logs"]
     final = fairseq_train(translation_data, tmp_path, *options, updates=3)
     logged = scalars(tmp_path / "logs", "sam_skipped", "sam_eps_norm", "sam_ascent_gnorm")
@@ -77,6 +77,43 @@ def test_nan_in_the_ascent_gives_no_ascent(translation_data: Path, tmp_path: Pat
 
 
 def test_nan_in_the_probes_gives_uniform_weights(translation_data: Path, tmp_path: Path) -> None:
-    faulty.plan = faulty.Plan(update=3, where="probe +")
+    faulty.plan = faulty.Plan(batch=3, where="probe +")
     final = fairseq_train(translation_data, tmp_path, *OPTIONS, updates=5)
     assert all(torch.isfinite(weight).all() for weight in final["model"].values())
+
+
+MATRIX = {
+    "fp32": [],
+    "fp16": ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4],
+    "memory-efficient-fp16": ["--memory-efficient-fp16", "--fp16-init-scale", 4],
+    "amp": ["--amp", "--fp16-init-scale", 4],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("precision", MATRIX)
+def test_every_fault_in_every_pass(translation_data: Path, tmp_path: Path, precision: str, accumulation: int) -> None:
+    """Fault × pass × precision × accumulation: w intact, the run continues, resuming is as if nothing had been."""
+    options = [*OPTIONS, *MATRIX[precision], "--update-freq", accumulation]
+    fairseq_train(translation_data, tmp_path / "calm", *options, updates=4)
+    names = [f"checkpoint_{1 + (n > 5)}_{n}.pt" for n in (2, 4)]
+    before, after = (torch.load(tmp_path / "calm" / name) for name in names)
+    for where in faulty.PASSES:
+        folder = tmp_path / where.replace(" ", "")
+        failing = {"batch": 2 * accumulation + accumulation - 1, "where": where}  # the last micro-batch of update 3
+        faulty.plan = faulty.Plan(**failing, error=ValueError("cosmic ray"))
+        with pytest.raises(ValueError, match="cosmic ray"):
+            fairseq_train(translation_data, folder, *options, updates=4)
+        assert_same_model(torch.load(folder / "crash.pt"), before)
+        faulty.plan = faulty.Plan()
+        (folder / "checkpoint_last.pt").unlink(missing_ok=True)
+        (folder / names[0]).replace(folder / "checkpoint_last.pt")
+        resumed = fairseq_train(translation_data, folder, *options, updates=4)
+        if precision in ("fp32", "amp", "memory-efficient-fp16"):  # fairseq resumes fp16 from rounded weights
+            assert_same_model(resumed, after)
+
+        faulty.plan = faulty.Plan(**failing, error=RuntimeError("CUDA out of memory (simulated)"))
+        final = fairseq_train(translation_data, folder / "memory", *options, updates=4)
+        assert final["optimizer_history"][-1]["num_updates"] == 4
+        assert all(torch.isfinite(weight).all() for weight in final["model"].values())

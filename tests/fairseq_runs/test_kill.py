@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ KILLS = 20
 def test_killed_run_continues_to_the_same_weights(translation_data: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments, 20 times; the run still ends where the uninterrupted one does."""
     options = [*TRANSLATION, *ADAM, *delta(), "--label-smoothing", 0.1, "--update-freq", 2]
-    options += ["--save-interval-updates", 5, "--keep-interval-updates", 2, "--no-epoch-checkpoints"]
+    options += ["--save-interval-updates", 2, "--keep-interval-updates", 2, "--no-epoch-checkpoints"]
     options += ["--disable-validation", "--skip-invalid-size-inputs-valid-test"]
     killed = tmp_path / "killed"
     command = [Path(sys.executable).parent / "fairseq-train", translation_data, *options, "--save-dir", killed]
@@ -62,7 +63,7 @@ def test_interrupt_from_the_keyboard(translation_data: Path, tmp_path: Path) -> 
     parts = tmp_path / "parts"
     for _ in range(2):
         begin = updates(parts)
-        previous = signal.signal(signal.SIGALRM, lambda *_: _interrupt(parts, begin))
+        previous = signal.signal(signal.SIGALRM, partial(_interrupt, parts, begin))
         signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
         try:
             with pytest.raises(KeyboardInterrupt):
@@ -74,7 +75,7 @@ def test_interrupt_from_the_keyboard(translation_data: Path, tmp_path: Path) -> 
     assert torch.isfinite(whole["model"]["decoder.layers.0.fc1.weight"]).all()
 
 
-def _interrupt(folder: Path, begin: int) -> None:
+def _interrupt(folder: Path, begin: int, *_: object) -> None:
     if updates(folder) > begin:
         signal.setitimer(signal.ITIMER_REAL, 0)
         raise KeyboardInterrupt

@@ -2,8 +2,8 @@
 
 Those that still use argparse get the whole command line, and some ask it which criterion is to come: the task
 sentence_ranking insists on its own, the models lstm, lstm_lm and fconv_lm build an adaptive softmax only for
-adaptive_loss. So they are shown the base's names. These are also what a checkpoint keeps of them, and what fairseq without
-the plugin reads there.
+adaptive_loss. So they are shown the base's names. These are also what a checkpoint keeps of them, and what fairseq
+without the plugin reads there.
 """
 
 from argparse import Namespace

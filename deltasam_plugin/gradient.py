@@ -134,7 +134,8 @@ def sharpness_aware_loss(
             the weights as they were.
     """
     conditions = Conditions.capture(devices)
-    value = perturbation.first_pass(first, conditions)
+    with conditions.generators.replayed():
+        value = perturbation.first_pass(first, conditions)
     statistics = Statistics.zeros(value.device)
 
     def backward(grad_output: Tensor) -> None:

@@ -46,9 +46,8 @@ REFUSED: dict[str, str] = {
     "their own on parts of the model",
     "speech_to_spectrogram_2pass": "its terms are means over all frames of the batch, and auxiliary tasks run "
     "criterions of their own on parts of the model",
-    "speech_to_unit": "auxiliary tasks run criterions of their own on parts of the model and return sums over the batch",
-    "speech_to_unit_2pass": "auxiliary tasks run criterions of their own on parts of the model and return sums over "
-    "the batch",
+    "speech_to_unit": "auxiliary tasks run criterions of their own on parts of the model, and give batch totals",
+    "speech_to_unit_2pass": "auxiliary tasks run criterions of their own on parts of the model, and give batch totals",
     "speech_unit_lm_criterion": "no adaptor has been written and tested for its three streams (unit, duration, F0)",
     "tacotron2": "its terms are means over all frames of the batch",
     "vocab_parallel_cross_entropy": "it splits the vocabulary over several workers, and δ-SAM needs whole parameters",

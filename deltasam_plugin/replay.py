@@ -7,7 +7,10 @@ these conditions and nothing else.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import random
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -105,6 +108,38 @@ def observed_autocast(kinds: set[str]) -> Iterator[set[torch.dtype]]:
         handle.remove()
 
 
+class UnseededGenerators:
+    """The generators that a forward pass makes with ``numpy.random.default_rng()``, that is, without a seed.
+
+    These start from the operating system's entropy, which no state captures (fairseq draws the masks of wav2vec 2.0
+    and HuBERT from such). So each is remembered as it was made; the n-th one of a later pass starts as the n-th of the
+    first pass did.
+    """
+
+    def __init__(self) -> None:
+        self._default_rng = np.random.default_rng
+        self._made: list[np.random.Generator] = []
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """One pass, of this thread: remember what it makes, or give it what was remembered."""
+        thread, count, before = threading.get_ident(), itertools.count(), np.random.default_rng
+
+        def default_rng(seed: Any = None) -> np.random.Generator:
+            if seed is not None or threading.get_ident() != thread:
+                return self._default_rng(seed)
+            index = next(count)
+            if index == len(self._made):
+                self._made.append(self._default_rng())
+            return copy.deepcopy(self._made[index])
+
+        np.random.default_rng = default_rng
+        try:
+            yield
+        finally:
+            np.random.default_rng = before
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What a forward pass depends on beside weights and inputs: random state and autocast.
@@ -115,6 +150,7 @@ class Conditions:
 
     random: RandomState
     autocast: list[Callable[[], Any]] = field(default_factory=list)
+    generators: UnseededGenerators = field(default_factory=UnseededGenerators)
 
     @classmethod
     def capture(cls, devices: set[torch.device]) -> Conditions:
@@ -136,6 +172,7 @@ class Conditions:
         before = RandomState.capture({torch.device("cuda", index) for index in self.random.cuda})
         with ExitStack() as stack:
             stack.callback(before.restore)
+            stack.enter_context(self.generators.replayed())
             stack.enter_context(frozen_batch_norm())
             for context in self.autocast:
                 stack.enter_context(context())

@@ -425,9 +425,9 @@ def test_a_second_pass_that_is_no_repetition_is_refused() -> None:
         engine.perturbed(correction()),
     ):
         sequence_losses(MODEL, torch.tensor([[1, 2], [4, 5]]))
-    with pytest.raises(RuntimeError, match="second pass ends where the first had linear"):
-        with engine.perturbed(correction()):
-            MODEL.embedding(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    ended = "second pass ends where the first had linear"
+    with pytest.raises(RuntimeError, match=ended), engine.perturbed(correction()):
+        MODEL.embedding(torch.tensor([[1, 2, 3], [4, 5, 6]]))
 
 
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])

@@ -1,7 +1,7 @@
 """Criterions of speech models: CTC, and the contrastive and masked predictions of pre-training.
 
-Predictions come as one long list of frames, and the adaptors find out to which sample each frame belongs. Penalties that
-are means over the whole batch (diversity of the code book, size of the features) are a shared term.
+Predictions come as one long list of frames, and the adaptors find out to which sample each frame belongs. Penalties
+that are means over the whole batch (diversity of the code book, size of the features) are a shared term.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _contrastive(criterion: Any, model: Any, sample: Any, *outputs: Any) -> tupl
 
 
 def _samples_of_masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """wav2vec 2.0's logits are (M·B, N + 1), masked frame by masked frame; the model made (B, M) of them by reshaping."""
+    """wav2vec 2.0 has logits (M·B, N + 1), masked frame by masked frame; it made (B, M) of these by reshaping."""
     _, batch, frames = x.shape
     if mask is None:
         return torch.arange(batch, device=x.device).repeat(frames)
@@ -106,7 +106,7 @@ def _samples_of_steps(criterion: Any, model: Any, logits: Tensor, frames: int, b
 @per_sample_losses("hubert", calls=["apply_mask"])
 def _masked_units(
     criterion: Any, model: Any, sample: Any, masking: Any, net_output: Any
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     mask, padding = masking[1], net_output["padding_mask"]
     if hasattr(model, "downsample_modules"):
         raise ValueError(
@@ -114,17 +114,18 @@ def _masked_units(
             "its predictions cannot be told apart into samples. Use the model hubert."
         )
     total, size = torch.zeros(len(mask), device=mask.device), 0
-    for masked, weight in ((True, criterion.pred_masked_weight), (False, criterion.pred_nomask_weight)):
+    rows = [(~padding & chosen).nonzero()[:, 0] for chosen in (mask, ~mask)]
+    weights = (criterion.pred_masked_weight, criterion.pred_nomask_weight)
+    for masked, samples, weight in zip((True, False), rows, weights):
         if weight <= 0:
             continue
-        samples = (~padding & (mask if masked else ~mask)).nonzero()[:, 0]
         targets = model.get_targets(net_output, masked)
         for logits, target in zip(model.get_logits(net_output, masked), targets):
             losses = F.cross_entropy(logits, target, reduction="none")
             total = total + weight * summed_by_sample(losses, samples, len(mask))
         size += targets[0].numel()
     penalties = model.get_extra_losses(net_output)[0] if criterion.loss_weights is not None else None
-    return total, _shared(criterion, penalties, size)
+    return total, _shared(criterion, penalties, size), rows
 
 
 def _shared(criterion: Any, penalties: Tensor | Iterable[Tensor | None] | None, size: Tensor | int) -> Tensor | None:

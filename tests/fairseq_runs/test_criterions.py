@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,19 @@ import pytest
 import torch
 from corpora import RECIPES, corpus
 from fairseq.data import Dictionary
+from fairseq.models.hubert import HubertModel
+from fairseq.models.wav2vec import Wav2Vec2Model
 from fairseq.trainer import Trainer
 from runs import assert_same_model, base, delta, fairseq_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_invariants import logged
 
-SCALARS = {f"sam_{name}" for name in ("sharpness", "ess", "weight_max", "ascent_gnorm", "eps_norm", "skipped")}
-QUICK = [
-    "--disable-validation",
-    "--update-freq",
-    2,
-    "--batch-size",
-    8,
-]  # ctc's validation needs the package editdistance
+from deltasam_plugin.gradient import Statistics
+
+UNSEEDED = np.random.default_rng
+SCALARS = {f"sam_{item.name}" for item in fields(Statistics)}
+# ctc's validation needs the package editdistance.
+QUICK: list[object] = ["--disable-validation", "--update-freq", 2, "--batch-size", 8]
 
 
 @pytest.fixture(autouse=True)
@@ -88,6 +90,32 @@ def test_weights_are_restored(
     assert all(0 < share <= 1 for share in values["sam_ess"])
 
 
+@pytest.mark.parametrize("name", ["wav2vec 2.0", "hubert"])
+def test_passes_see_the_same_mask(
+    train: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Drawn, as always, from generators without a seed: the four passes of a batch agree, and no two batches do."""
+    monkeypatch.setattr(np.random, "default_rng", UNSEEDED)
+    model = HubertModel if name == "hubert" else Wav2Vec2Model
+    masks: list[torch.Tensor] = []
+    apply_mask = model.apply_mask
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        x, mask = apply_mask(*args, **kwargs)
+        masks.append(mask)
+        return x, mask
+
+    monkeypatch.setattr(model, "apply_mask", watched)
+    train(name, "delta", *delta(RECIPES[name].criterion))
+    batches = [masks[start : start + 4] for start in range(0, len(masks), 4)]
+    assert len(batches) == 4
+    for passes in batches:
+        assert all(torch.equal(passes[0], mask) for mask in passes)
+    for one, other in itertools.pairwise(batches):
+        assert not torch.equal(one[0], other[0])
+    assert np.random.default_rng is UNSEEDED
+
+
 CRITERION = '''
 """A user directory with a criterion of its own."""
 
@@ -116,7 +144,7 @@ class MyCriterion(FairseqCriterion):
     def forward(self, model, sample, reduce=True):
         loss = self.token_losses(model(**sample["net_input"]), sample["target"]).sum()
         size = sample["target"].size(0) if self.sentence_avg else sample["ntokens"]
-        log = {"loss": loss.data, "ntokens": sample["ntokens"], "nsentences": len(sample["target"]), "sample_size": size}
+        log = {"loss": loss.data, "ntokens": sample["ntokens"], "nsentences": 1, "sample_size": size}
         return loss, size, log
 
     reduce_metrics = staticmethod(CrossEntropyCriterion.reduce_metrics)

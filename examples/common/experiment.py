@@ -1,0 +1,66 @@
+"""What an example compares: a few fairseq-train commands."""
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+# One thread: these matrices are too small for two, and so two runs can train side by side.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A few runs of fairseq-train.
+
+    Attributes:
+        work: the folder that holds all that is made.
+        commands: the options of fairseq-train by the name of the run, without the folders it writes to. The others are
+            compared with the first.
+    """
+
+    work: Path
+    commands: dict[str, list[str]]
+
+    def folder(self, run: str) -> Path:
+        """Where a run's checkpoints, events and output are."""
+        return self.work / "runs" / run
+
+    @contextmanager
+    def locked(self) -> Iterator[int]:
+        """Keep other processes out of the work folder.
+
+        Yields:
+            The descriptor of the lock; it is held as long as any process has it open.
+
+        Raises:
+            SystemExit: another process is in.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                sys.exit(f"Another process works in {shown(self.work)}. Wait for it, or end it, and run again.")
+            yield lock.fileno()
+
+
+def program(name: str) -> str:
+    """Return the path of a command that was installed beside this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def shown(path: str | Path) -> str:
+    """Return a path as one types it in the current directory."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Return rows as a Markdown table, the first row being its head."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

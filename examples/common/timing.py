@@ -1,0 +1,110 @@
+"""Seconds per update of the runs of an experiment, measured side by side.
+
+A machine's speed drifts, so the runs take turns: a block of updates each, on the same batches, again and again. What
+counts is the ratio to the first run within one round. Each run has a process of its own, which sleeps while the others
+work.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from statistics import median
+
+from .experiment import ENVIRONMENT, Experiment
+
+ROUNDS = 12
+UPDATES = 5  # in one block
+
+Seconds = dict[str, list[float]]  # per update, one value a round, for each run
+
+
+def measure(experiment: Experiment) -> Seconds:
+    """Return seconds per update; a measurement of the same commands is reused."""
+    commands = {run: " ".join(options) for run, options in experiment.commands.items()}
+    result = experiment.work / "timing.json"
+    if result.exists():
+        known = json.loads(result.read_text())
+        if known["commands"] == commands:
+            print("timing    | is there", flush=True)
+            return known["seconds"]
+    seconds = alternate(experiment)
+    partial = result.with_suffix(".partial")
+    partial.write_text(json.dumps({"commands": commands, "seconds": seconds}, indent=1))
+    partial.rename(result)
+    return seconds
+
+
+def alternate(experiment: Experiment) -> Seconds:
+    os.environ.update(ENVIRONMENT)
+    context = multiprocessing.get_context("spawn")
+    workers: dict[str, Connection] = {}
+    for run, options in experiment.commands.items():
+        workers[run], theirs = context.Pipe()
+        context.Process(target=work, args=(options, theirs), daemon=True).start()
+        theirs.close()
+    seconds: Seconds = {run: [] for run in workers}
+    for turn in range(-1, ROUNDS):  # the first round warms up
+        for run, worker in workers.items():
+            worker.send(UPDATES)
+            taken = worker.recv()
+            if turn >= 0:
+                seconds[run].append(taken / UPDATES)
+        if turn >= 0:
+            line = ", ".join(f"{run} {values[-1]:.3f}" for run, values in seconds.items())
+            print(f"timing    | round {turn + 1} / {ROUNDS}: seconds per update {line}", flush=True)
+    return seconds
+
+
+def work(options: list[str], connection: Connection) -> None:
+    """Do as many updates as are asked for, and send back the seconds they took."""
+    logging.disable(logging.WARNING)  # the runs themselves have said all of it
+    warnings.simplefilter("ignore")
+    train_step = updates(options)
+    while True:
+        try:
+            count = connection.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        for _ in range(count):
+            next(train_step)
+        connection.send(time.perf_counter() - start)
+
+
+def updates(options: list[str]) -> Iterator[None]:
+    """Yield once per update of fairseq's own trainer, set up as fairseq-train does it."""
+    sys.argv = ["fairseq-train", *options]
+    from fairseq import options as fairseq_options
+    from fairseq import tasks, utils
+    from fairseq.data import iterators
+    from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+    from fairseq.logging import metrics
+    from fairseq.trainer import Trainer
+
+    arguments = fairseq_options.parse_args_and_arch(fairseq_options.get_training_parser())
+    cfg = convert_namespace_to_omegaconf(arguments)
+    utils.set_torch_seed(cfg.common.seed)
+    task = tasks.setup_task(cfg.task)
+    model = task.build_model(cfg.model)
+    criterion = task.build_criterion(cfg.criterion)
+    task.load_dataset("train")
+    trainer = Trainer(cfg, task, model, criterion)
+    epoch = trainer.get_train_iterator(epoch=1, load_dataset=False)
+    trainer.lr_step_update()
+    with metrics.aggregate("train"):
+        for samples in iterators.GroupedIterator(epoch.next_epoch_itr(), 1):
+            trainer.train_step(samples)
+            yield
+
+
+def ratios(seconds: Seconds, run: str) -> str:
+    """Return median, least and greatest ratio to the first run within one round, as text."""
+    first = next(iter(seconds.values()))
+    values = [mine / base for mine, base in zip(seconds[run], first)]
+    return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -1,0 +1,100 @@
+"""Measure trained models, all in the same way and independently of the plugin's training code."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from fairseq import checkpoint_utils
+from torch import Tensor
+from torch.nn import functional as F
+
+import deltasam_plugin  # noqa: F401  torch >= 2.6 then reads fairseq's checkpoints
+
+from .recipe import DATA, EXPERIMENT, OPTIMIZERS, RHO
+
+BATCH = 64
+SHARPNESS_SENTENCES = 1024  # the first ones of the training part
+
+
+@dataclass
+class Result:
+    """Accuracies in percent; loss and sharpness per sentence in base 2, as fairseq logs them."""
+
+    valid_accuracy: float
+    test_accuracy: float
+    test_loss: float
+    sharpness: float
+
+
+def evaluate(run: str) -> Result:
+    """Return the measures of the last checkpoint of a run, without dropout."""
+    torch.set_num_threads(1)
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(EXPERIMENT.folder(run) / "checkpoint_last.pt")], arg_overrides={"data": str(DATA)}
+    )
+    model = models[0].eval()
+    for split in ("train", "valid", "test"):
+        task.load_dataset(split)
+    valid_accuracy, _ = accuracy_and_loss(model, task.dataset("valid"))
+    test_accuracy, test_loss = accuracy_and_loss(model, task.dataset("test"))
+    return Result(valid_accuracy, test_accuracy, test_loss, sharpness(model, task.dataset("train"), RHO))
+
+
+def batches(dataset: Any, sentences: int) -> Iterator[dict[str, Any]]:
+    for start in range(0, sentences, BATCH):
+        yield dataset.collater([dataset[i] for i in range(start, min(start + BATCH, sentences))])
+
+
+def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of each sentence in base 2, and which ones are classified correctly."""
+    logits, _ = model(**batch["net_input"], features_only=True, classification_head_name="sentiment")
+    target = batch["target"].view(-1)
+    return F.cross_entropy(logits, target, reduction="none") / log(2), logits.argmax(-1) == target
+
+
+def accuracy_and_loss(model: Any, dataset: Any) -> tuple[float, float]:
+    with torch.no_grad():
+        results = [losses(model, batch) for batch in batches(dataset, len(dataset))]
+    loss, correct = (torch.cat(columns) for columns in zip(*results))
+    return 100 * correct.double().mean().item(), loss.double().mean().item()
+
+
+def sharpness(model: Any, dataset: Any, rho: float) -> float:
+    r"""Return how much the loss rises along its own gradient, and leave the model as it was.
+
+    .. math:: L(w + \rho\, g / \lVert g \rVert) - L(w), \qquad g = \nabla L(w)
+
+    Args:
+        rho: ρ, L2 norm in parameter space.
+        dataset: L is the mean loss of its first SHARPNESS_SENTENCES sentences, in base 2.
+    """
+
+    def total(backward: bool) -> float:
+        value = 0.0
+        for batch in batches(dataset, SHARPNESS_SENTENCES):
+            with torch.set_grad_enabled(backward):
+                loss = losses(model, batch)[0].sum() / SHARPNESS_SENTENCES
+            if backward:
+                loss.backward()
+            value += loss.item()
+        return value
+
+    model.zero_grad(set_to_none=True)
+    before = total(backward=True)
+    moved = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    copies = [parameter.detach().clone() for parameter in moved]
+    norm = torch.stack([parameter.grad.norm() for parameter in moved]).norm()
+    with torch.no_grad():
+        for parameter in moved:
+            parameter.add_(rho * parameter.grad / norm)
+        after = total(backward=False)
+        for parameter, copy in zip(moved, copies):
+            parameter.copy_(copy)
+    return after - before
+
+
+if __name__ == "__main__":
+    for name in OPTIMIZERS:
+        print(name, evaluate(name), flush=True)

@@ -1,0 +1,40 @@
+"""What the three runs are: paths, and the fairseq-train command line they share."""
+
+import logging
+import os
+from pathlib import Path
+
+from ..common.experiment import Experiment
+
+HERE = Path(__file__).resolve().parent
+PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
+WORK = HERE / "work"
+DATA = WORK / "data-bin"
+
+RHO = 0.05  # the plugin's default radius, not tuned; the sharpness of the final models is measured at this radius
+
+SHARED = f"""
+    --user-dir {PLUGIN} --cpu --seed 1 --num-workers 0
+    --task sentence_prediction --num-classes 2 --classification-head-name sentiment
+    --init-token 0 --separator-token 2 --max-positions 128
+    --arch roberta --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4
+    --dropout 0.3 --attention-dropout 0.1 --pooler-dropout 0.3
+    --adam-betas (0.9,0.98) --weight-decay 0.01 --clip-norm 1.0 --batch-size 32
+    --lr 5e-4 --lr-scheduler polynomial_decay --warmup-updates 100 --total-num-update 1060 --max-update 1060
+    --no-epoch-checkpoints --log-format simple --log-interval 20
+"""
+
+DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion sentence_prediction"
+
+OPTIMIZERS = {
+    "adam": "--optimizer adam --criterion sentence_prediction",
+    "sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting uniform",
+    "delta_sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting curvature",
+}
+
+EXPERIMENT = Experiment(WORK, {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()})
+
+# What evaluation and timing say of themselves would bury the table; each fairseq-train writes its own full log.
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
+for talkative in ("fairseq", "hydra"):
+    logging.getLogger(talkative).setLevel(logging.WARNING)

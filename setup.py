@@ -18,7 +18,9 @@ TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes thr
 
 EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3"]
 
-TEST = [*EXAMPLES, "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+TEST = [*EXAMPLES, "soundfile>=0.12", "pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+
+BENCHMARKS = ["pytorch_optimizer>=3", "matplotlib>=3.8"]
 
 setup(
     name="deltasam-plugin",
@@ -32,7 +34,7 @@ setup(
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=["torch>=2.4", "numpy"],
-    extras_require={"fairseq": FAIRSEQ, "examples": EXAMPLES, "test": TEST},
+    extras_require={"fairseq": FAIRSEQ, "examples": EXAMPLES, "test": TEST, "benchmarks": BENCHMARKS},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

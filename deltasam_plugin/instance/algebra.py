@@ -178,5 +178,5 @@ def step_sizes(squared_norms: Tensor, rho: float) -> tuple[Tensor, Tensor]:
         Norms (B,) and steps (B,).
     """
     norms = squared_norms.clamp(min=0).sqrt()
-    steps = torch.where((norms > 0) & torch.isfinite(norms), rho / norms, torch.zeros_like(norms))
+    steps = rho / norms
     return norms, torch.where(torch.isfinite(steps), steps, torch.zeros_like(steps))

@@ -78,6 +78,8 @@ def fairseq_train(data: Path, save_dir: Path, *arguments: object, updates: int =
     """
     options: list[object] = ["--save-dir", save_dir, "--max-update", updates, "--cpu", "--seed", 3, "--lr", 0.01]
     options += ["--batch-size", 16, "--num-workers", 0, "--log-format", "json", "--log-interval", 1]
+    # Without its buffer's thread, which crops audio by numpy's generator while the model may draw from it too.
+    options += ["--data-buffer-size", 0]
     options += ["--user-dir", USER_DIR]
     try:
         run(train.cli_main, data, *options, *arguments)

@@ -14,6 +14,10 @@ from instance_oracle import correction_error, engine_gradients, gradients, loop,
 from torch import Tensor, nn
 
 from deltasam_plugin.instance import InstancePerturbation
+from deltasam_plugin.instance.layout import Layout
+from deltasam_plugin.instance.ledger import Ledger
+from deltasam_plugin.instance.operations import OPERATIONS
+from deltasam_plugin.instance.tape import Inputs
 
 RHO, TOLERANCE, VOCABULARY, WIDTH = 0.4, 1e-9, 7, 6
 
@@ -32,6 +36,7 @@ class Sequences(nn.Module):
         self.convolution = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2)
         self.bottleneck = nn.Linear(WIDTH, 2, bias=False)
         self.widen = nn.Linear(2, WIDTH)
+        self.output_bias = nn.Parameter(torch.zeros(VOCABULARY))
         self.scale = nn.Parameter(torch.ones(WIDTH))
         self.double()
 
@@ -41,7 +46,8 @@ class Sequences(nn.Module):
         x = x + self.attention(x, x, x, need_weights=False)[0]
         x = x + self.convolution(x.permute(1, 2, 0)).permute(2, 0, 1)
         x = self.twice(torch.tanh(x)) + self.widen(self.bottleneck(x))
-        return F.linear(self.norm(x).transpose(0, 1), self.embedding.weight) + x.mean(0).unsqueeze(1).mean(2, True)
+        logits = F.linear(self.norm(x).transpose(0, 1), self.embedding.weight, self.output_bias)
+        return logits + x.mean(0).unsqueeze(1).mean(2, True)
 
 
 def sequence_losses(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -120,6 +126,24 @@ def test_frozen_parameters_stay(frozen: str) -> None:
     assert correction_error(InstancePerturbation(model, RHO), classified(model), trainable(model)) <= TOLERANCE
 
 
+def test_inputs_that_want_a_gradient_of_their_own() -> None:
+    model = Classifier()
+    x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def losses() -> Tensor:
+        return model(x).square().sum(1)
+
+    assert correction_error(InstancePerturbation(model, RHO), losses, trainable(model)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
+def test_tables_that_change_with_the_batch_are_refused(option: dict) -> None:
+    model = nn.Sequential(nn.Embedding(VOCABULARY, WIDTH, **option), nn.Linear(WIDTH, 1)).double()
+    batch = torch.tensor([[1, 2], [1, 1]])
+    with pytest.raises(RuntimeError, match=r"does not cover .*0.weight \(used by embedding\(\)\)"):
+        recorded(model, lambda: model(batch).square().sum((1, 2)))
+
+
 def test_images() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 4, 3)).double()
@@ -184,6 +208,17 @@ def test_a_sample_without_gradient_is_left_where_it_is() -> None:
     assert correction.steps.tolist()[1] == 0 and correction.norms.tolist()[1] == 0
     _, expected, _ = loop(lambda: losses() * mask, trainable(model), RHO)
     assert norm([f - e for f, e in zip(found, expected)]) <= TOLERANCE * norm(expected)
+
+
+@pytest.mark.parametrize("scale", [float("inf"), 0.0])
+def test_an_overflow_at_the_start_teaches_nothing_wrong(scale: float) -> None:
+    """As with the first loss scales in half precision, and with a dummy batch: no refusal, and all is well later."""
+    model = Classifier(nn.LayerNorm(8))
+    losses = classified(model)
+    engine = InstancePerturbation(model, RHO)
+    _, correction = engine_gradients(engine, losses, trainable(model), scale)
+    assert not correction.steps.any()
+    assert correction_error(engine, losses, trainable(model)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("scale", [float("inf"), float("nan"), 0.0])
@@ -396,15 +431,25 @@ class _Branch(nn.Module):
         (lambda x, linear: linear(x) + F.linear(x, linear.weight[:1]), r"used by __getitem__\(\)"),
         (lambda x, linear: linear(x) + F.linear(x, linear.weight.chunk(2)[0]).repeat(1, 2), "used whole and in parts"),
         (lambda x, linear: linear(x) + F.layer_norm(x, (8, 8)[1:], linear.weight[0]), r"used by __getitem__\(\)"),
+        (lambda x, linear: linear(x) + _written(x, linear.bias), r"used by __setitem__\(\)"),
+        (lambda x, linear: linear(x) + _normalized(x, linear.weight), "used in layers of different kinds"),
         (lambda x, linear: linear(x) + _without_gradient(x, linear), "used with and without gradient"),
     ],
 )
 def test_weights_used_otherwise_are_refused(use: Callable[[Tensor, nn.Linear], Tensor], reason: str) -> None:
     model = Classifier(_Branch(use))
-    with pytest.raises(
-        RuntimeError, match=rf"does not cover .*layers.1.linear.weight \({reason}\).*Must be at most 1%"
-    ):
+    with pytest.raises(RuntimeError, match=rf"does not cover .*layers.1.linear.\w+ \({reason}\).*Must be at most 1%"):
         recorded(model, classified(model))
+
+
+def _written(x: Tensor, bias: Tensor) -> Tensor:
+    y = x.clone()
+    y[0] = bias
+    return y
+
+
+def _normalized(x: Tensor, weight: Tensor) -> Tensor:
+    return F.layer_norm(x.unsqueeze(1).expand(-1, 8, -1), (8, 8), weight).sum(1)
 
 
 def _without_gradient(x: Tensor, linear: nn.Linear) -> Tensor:
@@ -442,3 +487,17 @@ def test_losses_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         losses = torch.zeros(shape, requires_grad=True) * 1
     with pytest.raises(ValueError, match=r"Invalid per-sample losses of shape .*Must be \(B,\)"):
         ENGINE.solve(tape, losses)
+
+
+def test_shared_inputs_are_told_apart_when_they_differ() -> None:
+    """Layers that read the same tensor share its rows, but not across a change in place or another grouping."""
+    x = torch.arange(8.0).view(2, 2, 2).transpose(0, 1)  # rows of it are a copy
+    inputs, linear = Inputs(), OPERATIONS[F.linear]
+    rows = inputs.rows(linear, x)
+    assert inputs.rows(linear, x) is rows
+    x.add_(1)
+    assert torch.equal(inputs.rows(linear, x), x.reshape(-1, 2))
+    ledger = Ledger()
+    by_batch, by_time = (Layout(dim).bind((2, 2), 2, []) for dim in (0, 1))
+    assert ledger.grouped(rows, by_batch) is ledger.grouped(rows, by_batch)
+    assert torch.equal(ledger.grouped(rows, by_time), by_time.group(rows))

@@ -126,14 +126,6 @@ def no_layout(site: Site, batch: int) -> str:
     )
 
 
-def unknown_rows(site: Site) -> str:
-    """The message for a call whose layout nothing revealed."""
-    return (
-        f"Per-instance perturbation: a gradient arrived at {_place(site)} whose samples are not known. "
-        f"Each row must belong to one sample. Otherwise {REMEDY}."
-    )
-
-
 def not_a_replay(site: Site | None, key: tuple[Any, ...] | None = None, lead: tuple[int, ...] = ()) -> str:
     """The message for a second pass that is not the first one's repetition."""
     expected = "no further call" if site is None else f"{_place(site)} with leading sizes {site.lead}"

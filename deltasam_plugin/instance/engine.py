@@ -94,9 +94,12 @@ class InstancePerturbation:
         with torch.autocast(losses.device.type, enabled=False):
             seed = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).detach()
             self._coverage.exclude(tape.misused())
-            self._ownership.settle(
-                tape.sites, losses.numel(), tape.rows, lambda bits: self._probe(tape, losses, seed * bits.to(seed))[0]
-            )
+            nothing = torch.zeros_like(seed)
+
+            def probe(chosen: Tensor) -> dict[int, Tensor]:
+                return self._probe(tape, losses, torch.where(chosen.to(losses.device), seed, nothing))[0]
+
+            self._ownership.settle(tape.sites, losses.numel(), tape.rows, probe)
             self._verify(tape, losses, seed)
             self._plan(tape)
             self._backward(tape, losses, seed.expand_as(losses), retain_graph=False)

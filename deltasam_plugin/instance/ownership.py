@@ -13,7 +13,7 @@ from deltasam_plugin.instance.coverage import mixed_samples, no_layout
 from deltasam_plugin.instance.layout import NOBODY, SEVERAL, Grouping, Layout, agreed, conceivable, consistent
 from deltasam_plugin.instance.operation import Site
 
-Probe = Callable[[Tensor], dict[int, Tensor]]  # a weighting (B,) of the losses to output gradients by site
+Probe = Callable[[Tensor], dict[int, Tensor]]  # which losses count (B,), bool, to output gradients by site
 
 
 class Ownership:
@@ -60,8 +60,8 @@ class Ownership:
         index = torch.arange(batch)
         owners = {i: torch.zeros(math.prod(sites[i].lead), dtype=torch.long) for i in unknown}
         for digit in range(max(1, (batch - 1).bit_length())):
-            bits = index >> digit & 1
-            ones, zeros = probe(bits), probe(1 - bits)
+            bits = (index >> digit & 1).bool()
+            ones, zeros = probe(bits), probe(~bits)
             for i, owner in owners.items():
                 one, zero = _touched(sites[i], ones.get(i)), _touched(sites[i], zeros.get(i))
                 owner |= one.long() << digit

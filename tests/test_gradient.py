@@ -251,6 +251,13 @@ def test_the_value_is_the_plain_loss_and_the_generators_end_where_a_plain_pass_e
     assert torch.equal(torch.get_rng_state(), after)
 
 
+def test_generators_without_a_seed_draw_the_same_in_every_pass(batches):
+    model, drawn = Net(), []
+    model.enter.register_forward_pre_hook(lambda *_: drawn.append(np.random.default_rng().random()))
+    aware(model, batches[0], Settings())[0].backward()
+    assert drawn == [drawn[0]] * 4
+
+
 @weightings
 def test_a_radius_of_zero_gives_the_plain_gradient_bit_for_bit(settings, batches):
     model = Net()

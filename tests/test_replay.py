@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -83,6 +84,43 @@ def test_the_seed_is_a_function_of_the_state_and_advances_nothing():
     assert RandomState.capture(CPU).seed() != seed
     state.restore()
     assert draw() == first
+
+
+def test_generators_made_without_a_seed_are_remade_in_every_replay():
+    installed, conditions = np.random.default_rng, Conditions.capture(CPU)
+
+    def make():
+        return [np.random.default_rng().random(), np.random.default_rng().random(), np.random.default_rng(5).random()]
+
+    with conditions.generators.replayed():
+        first = make()
+    assert first[0] != first[1]
+    assert first[2] == installed(5).random()
+    for _ in range(2):
+        with conditions.replayed():
+            assert make() == first
+    with Conditions.capture(CPU).replayed():
+        assert make()[:2] != first[:2]
+    with contextlib.suppress(MemoryError), conditions.replayed():
+        raise MemoryError
+    assert np.random.default_rng is installed
+
+
+def test_generators_made_by_other_threads_are_their_own():
+    conditions, drawn = Conditions.capture(CPU), []
+
+    def make():
+        drawn.append(np.random.default_rng().random())
+
+    with conditions.generators.replayed():
+        make()
+    with conditions.replayed():
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        make()
+    first, elsewhere, again = drawn
+    assert first == again != elsewhere
 
 
 # --- autocast

@@ -14,7 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-export MKL_CBWR := COMPATIBLE  # tests compare bit for bit: results must not depend on where in memory arrays lie
+# tests compare bit for bit: results must not depend on where in memory arrays lie
+export MKL_CBWR := COMPATIBLE
 
 .PHONY: install example example-translation test test-all lint clean
 .DELETE_ON_ERROR:

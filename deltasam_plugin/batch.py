@@ -35,7 +35,8 @@ class BatchPerturbation:
 
     Args:
         weights: what is perturbed.
-        leaves: every parameter that the ascent's backward pass may reach; their ``.grad`` is kept free of it.
+        leaves: parameters whose ``.grad`` is kept free of the ascent, beside those that its graph shows. A graph shows
+            all but the parameters behind activation checkpointing.
         settings: validated settings.
         step: of the caller's own counting; makes the probes of steps differ where nothing else draws random numbers.
         workers: those that share one perturbation; alone by default.
@@ -117,10 +118,11 @@ class BatchPerturbation:
         half-precision gradient would underflow.
         """
         losses = objective.losses
-        with torch.enable_grad(), gradients_aside(self._leaves):
+        with torch.enable_grad():
             ascended_loss = (relative.to(losses.dtype) * losses).sum()
             if objective.shared is not None:
                 ascended_loss = ascended_loss + relative.mean().to(losses.dtype) * objective.shared
+        with gradients_aside([*self._leaves, *leaves_of(ascended_loss)]):
             ascended_loss.backward(scale.to(ascended_loss.dtype))
             gradients = [weight.parameter.grad for weight in self._weights]
         return self._workers.summed(gradients, self._weights)
@@ -141,6 +143,21 @@ def gradients_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for leaf, gradient in zip(leaves, kept, strict=True):
             leaf.grad = gradient
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from `value` accumulates gradients in."""
+    leaves: list[Tensor] = []
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting.extend(before for before, _ in node.next_functions)
+    return leaves
 
 
 def coarsest(dtypes: set[torch.dtype]) -> torch.dtype:

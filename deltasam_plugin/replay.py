@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class RandomState:
 
 
 @contextmanager
-def frozen_batch_norm() -> Iterator[None]:
-    """Within this context batch normalisation leaves its running statistics as they were.
+def frozen_statistics() -> Iterator[None]:
+    """Within this context batch and instance normalisation leave their running statistics as they were.
 
     The layers are found as they run, by a module hook, so that a bare closure needs to name no model.
     """
     saved: dict[Tensor, Tensor] = {}
 
     def remember(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
             for buffer in module.buffers(recurse=False):
                 saved.setdefault(buffer, buffer.clone())
 
@@ -173,7 +173,7 @@ class Conditions:
         with ExitStack() as stack:
             stack.callback(before.restore)
             stack.enter_context(self.generators.replayed())
-            stack.enter_context(frozen_batch_norm())
+            stack.enter_context(frozen_statistics())
             for context in self.autocast:
                 stack.enter_context(context())
             self.random.restore()

@@ -98,8 +98,9 @@ def scalars(logdir: Path, *names: str) -> dict[str, list[float]]:
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """The largest difference between two checkpoints' weights."""
-    return max(float((weight - other["model"][name]).abs().max()) for name, weight in one["model"].items())
+    """The L2 norm of the difference between two checkpoints' weights."""
+    differences = [(weight - other["model"][name]).double().square().sum() for name, weight in one["model"].items()]
+    return float(sum(differences)) ** 0.5
 
 
 def assert_same_model(one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -280,17 +280,40 @@ def test_parameter_groups_keep_their_options_and_share_one_perturbation():
     assert flat(runs[0][0].body.state_dict()) != flat(Net().body.state_dict())
 
 
-def test_frozen_and_unused_parameters_never_move():
+def test_frozen_parameters_never_move_not_even_in_a_probe_and_unused_ones_stay():
     model, places = Net(), []
     model.enter.requires_grad_(False)
     model.idle = nn.Parameter(torch.ones(3))
-    model.leave.register_forward_pre_hook(lambda *_: places.append(flat([*model.enter.parameters(), model.idle])))
-    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.5, weighting="uniform", lr=0.1, weight_decay=0.1)
-    start = flat([*model.enter.parameters(), model.idle])
+    model.leave.register_forward_pre_hook(lambda *_: places.append(flat([*model.enter.parameters()])))
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1, weight_decay=0.1)
+    start = flat([*model.enter.parameters()])
     train(model, optimizer, range(3))
-    assert places == [start] * 6
+    assert places == [start] * 3 * 4
+    assert flat([*model.enter.parameters()]) == start
+    assert model.idle.tolist() == [1.0] * 3
     assert model.idle.grad is None
-    assert flat([*model.enter.parameters(), model.idle]) == start
+
+
+def test_a_trainable_parameter_of_another_optimizer_gets_nothing_of_the_ascent():
+    found = []
+    for delta in (True, False):
+        model = Net()
+        kind = DeltaSAM if delta else torch.optim.SGD
+        options = {"base_optimizer": torch.optim.SGD, "rho": 0.0, "weighting": "uniform"} if delta else {}
+        torch.manual_seed(1)
+        train(model, kind(model.leave.parameters(), lr=0.1, **options), range(1))
+        found.append([parameter.grad.tolist() for parameter in model.enter.parameters()])
+    assert found[0] == found[1]
+
+
+def test_every_step_probes_along_its_own_direction_although_nothing_draws_random_numbers():
+    model = Net(dropout=0)
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.0)
+    shares = set()
+    for _ in range(3):
+        optimizer.step(closure_of(model, 0))  # the same batch at the same weights
+        shares.add(optimizer.statistics.ess.item())
+    assert len(shares) == 3
 
 
 def test_gradients_of_before_the_step_are_cleared():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltasam_plugin.replay import Conditions, RandomState, frozen_batch_norm, observed_autocast
+from deltasam_plugin.replay import Conditions, RandomState, frozen_statistics, observed_autocast
 
 CPU = {torch.device("cpu")}
 
@@ -234,9 +234,17 @@ def test_a_layer_that_fails_in_a_replay_leaves_no_trace_either():
     assert hooks() == installed
 
 
+def test_a_replay_leaves_the_statistics_of_instance_norm_alone_too():
+    model, conditions = nn.InstanceNorm1d(3, track_running_stats=True), Conditions.capture(CPU)
+    before = statistics(model)
+    with conditions.replayed():
+        model(torch.randn(2, 3, 5))
+    assert statistics(model) == before
+
+
 def test_outside_a_replay_statistics_are_collected_again():
     model = nn.BatchNorm1d(3)
-    with frozen_batch_norm():
+    with frozen_statistics():
         model(torch.randn(8, 3))
     assert model.num_batches_tracked == 0
     model(torch.randn(8, 3))

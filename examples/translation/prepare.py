@@ -26,6 +26,7 @@ VOCABULARY = 6000
 SPLITS = ("train", "valid", "test")
 SIDES = ("source", "target")
 SHORTEST, LONGEST = 3, 40  # words in a segment
+LEAST = 10_000  # pairs for training
 
 
 def main(files: tuple[Path, Path] | None = None) -> None:
@@ -41,10 +42,15 @@ def main(files: tuple[Path, Path] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(dir=WORK, prefix="prepare-") as name:
         folder = Path(name)
-        pairs = clean(line_pairs(*files) if files else pairs_of(debs, folder))
+        try:
+            pairs = clean(line_pairs(*files) if files else pairs_of(debs, folder))
+        except ValueError as error:  # not UTF-8, or not parallel
+            sys.exit(f"prepare: {error}")
         splits = split(pairs)
         for part, members in splits.items():
             print(f"prepare: {part} {len(members)} pairs from {len({pair.page for pair in members})} pages", flush=True)
+        if len(splits["train"]) < LEAST or not all(splits.values()):
+            sys.exit(f"prepare: too little text is left; it takes {LEAST} pairs for training and some for the others.")
         encode(splits, folder)
         binarize(folder)
         (folder / "data-bin" / ORIGIN.name).write_text(origin)

@@ -9,7 +9,7 @@ PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
 WORK = HERE / "work"
 DATA = WORK / "data-bin"
 
-UPDATES = 3000
+UPDATES = 2400
 
 SHARED = f"""
     --cpu --seed 1 --num-workers 0
@@ -17,8 +17,9 @@ SHARED = f"""
     --arch transformer --encoder-layers 3 --decoder-layers 3 --share-all-embeddings
     --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4
     --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4
+    --encoder-normalize-before --decoder-normalize-before
     --dropout 0.1 --label-smoothing 0.1 --adam-betas (0.9,0.98) --clip-norm 1.0 --max-tokens 1024
-    --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update {UPDATES} --max-update {UPDATES}
+    --lr 4e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update {UPDATES} --max-update {UPDATES}
     --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints --log-format simple --log-interval 20
 """
 

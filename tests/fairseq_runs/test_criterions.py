@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from corpora import RECIPES, corpus
-from fairseq.data import Dictionary
 from fairseq.models.hubert import HubertModel
 from fairseq.models.wav2vec import Wav2Vec2Model
 from fairseq.trainer import Trainer
@@ -45,8 +44,7 @@ def train(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Callable[
     def train(name: str, folder: str, *options: object) -> dict[str, Any]:
         recipe = RECIPES[name]
         data = corpus(recipe.corpus, tmp_path_factory.getbasetemp())
-        with torch.serialization.safe_globals([Dictionary]):  # in the checkpoints of speech tasks
-            return fairseq_train(data, tmp_path / folder, *QUICK, *recipe.command(data), *options, updates=2)
+        return fairseq_train(data, tmp_path / folder, *QUICK, *recipe.command(data), *options, updates=2)
 
     return train
 

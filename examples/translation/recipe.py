@@ -9,7 +9,7 @@ PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
 WORK = HERE / "work"
 DATA = WORK / "data-bin"
 
-UPDATES = 2400
+UPDATES = 1500
 
 SHARED = f"""
     --cpu --seed 1 --num-workers 0
@@ -19,7 +19,7 @@ SHARED = f"""
     --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4
     --encoder-normalize-before --decoder-normalize-before
     --dropout 0.1 --label-smoothing 0.1 --adam-betas (0.9,0.98) --clip-norm 1.0 --max-tokens 1024
-    --lr 4e-3 --lr-scheduler polynomial_decay --warmup-updates 300 --total-num-update {UPDATES} --max-update {UPDATES}
+    --lr 4e-3 --lr-scheduler polynomial_decay --warmup-updates 200 --total-num-update {UPDATES} --max-update {UPDATES}
     --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints --log-format simple --log-interval 20
 """
 

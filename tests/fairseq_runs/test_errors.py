@@ -6,8 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from runs import ADAM, TRANSLATION, base, delta, fairseq_train
 
+from deltasam_plugin.fairseq_refusals import refuse_unsupported
 from deltasam_plugin.per_sample import ADAPTORS, per_sample_losses
 
 SMOOTHED = "label_smoothed_cross_entropy"
@@ -66,6 +68,15 @@ ERRORS: dict[str, tuple[list[object], str]] = {
         "Invalid probe_scale=0.0 (--sam-probe-scale). Must be a fraction of the norm of the weights, between 0 and 1 "
         "exclusive; 0.01 is the default.",
     ),
+    "block momentum": (
+        [*delta(), "--use-bmuf"],
+        "Invalid use_bmuf=True (--use-bmuf): δ-SAM needs gradients that are exchanged at every update. Leave it out.",
+    ),
+    "slow momentum": (
+        [*delta(), "--ddp-backend", "slowmo"],
+        "Invalid ddp_backend='slowmo' (--ddp-backend): δ-SAM needs gradients that are exchanged at every update. Use "
+        "legacy_ddp or pytorch_ddp.",
+    ),
     "unknown perturbation": (
         [*delta(), "--sam-perturbation", "layer"],
         "Unknown perturbation='layer' (--sam-perturbation). Choose one of: batch, instance.",
@@ -81,13 +92,17 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_sharded_parameters_are_refused() -> None:
-    from omegaconf import OmegaConf
-
-    from deltasam_plugin.fairseq_refusals import refuse_unsupported
-
-    with pytest.raises(ValueError, match=r"Invalid ddp_backend='fully_sharded' \(--ddp-backend\): δ-SAM needs every"):
-        refuse_unsupported(OmegaConf.create({"distributed_training": {"ddp_backend": "fully_sharded"}}))
+@pytest.mark.parametrize(
+    ("section", "option", "value", "message"),
+    [
+        ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--ddp-backend): "),
+        ("distributed_training", "pipeline_model_parallel", True, "Invalid pipeline_model_parallel=True (--pipeline-"),
+        ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot on a TPU."),
+    ],
+)
+def test_what_this_machine_cannot_start_is_refused(section: str, option: str, value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        refuse_unsupported(OmegaConf.create({section: {option: value}}))
 
 
 def test_adaptor_that_does_not_sum_to_the_loss(

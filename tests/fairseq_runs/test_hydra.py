@@ -6,27 +6,65 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from runs import USER_DIR
+from omegaconf import OmegaConf
+from runs import USER_DIR, distance
 
 EXAMPLE = USER_DIR.parent / "examples" / "hydra"
 
 
+def hydra_train(config_dir: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any], str]:
+    """The last checkpoint of a run, and all that it printed and logged."""
+    folder.mkdir(exist_ok=True)
+    command = [str(Path(sys.executable).parent / "fairseq-hydra-train"), "--config-dir", str(config_dir)]
+    command += ["--config-name", "translation", f"checkpoint.save_dir={folder / 'saved'}", *overrides]
+    environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    printed = finished.stdout + finished.stderr
+    assert finished.returncode == 0, printed[-6000:]
+    logs = "".join(path.read_text() for path in folder.rglob("*.log"))
+    return torch.load(folder / "saved" / "checkpoint_last.pt"), printed + logs
+
+
 def test_the_examples_yaml(translation_data: Path, tmp_path: Path) -> None:
-    program = Path(sys.executable).parent / "fairseq-hydra-train"
     overrides = [f"task.data={translation_data}", f"common.user_dir={USER_DIR}", "common.cpu=true"]
     overrides += ["optimization.max_update=3", "dataset.max_tokens=300", "optimizer.sam_rho=0.02"]
-    overrides += ["criterion.label_smoothing=0.2", f"checkpoint.save_dir={tmp_path / 'saved'}", "dataset.num_workers=0"]
-    finished = subprocess.run(
-        [str(program), "--config-dir", str(EXAMPLE), "--config-name", "translation", *overrides],
-        cwd=tmp_path, env={**os.environ, "HYDRA_FULL_ERROR": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
-    saved = torch.load(tmp_path / "saved" / "checkpoint_last.pt")
+    overrides += ["criterion.label_smoothing=0.2", "dataset.num_workers=0"]
+    saved, output = hydra_train(EXAMPLE, tmp_path, *overrides)
     assert saved["cfg"]["optimizer"]["base_optimizer"] == "adam"
     assert saved["cfg"]["optimizer"]["sam_rho"] == 0.02
     assert saved["cfg"]["criterion"]["label_smoothing"] == 0.2
     assert tuple(saved["last_optimizer_state"]["param_groups"][0]["betas"]) == (0.9, 0.98)
-    logs = "".join(path.read_text() for path in tmp_path.rglob("*.log"))
-    assert "sam_sharpness" in finished.stdout + finished.stderr + logs
+    assert "sam_sharpness" in output
+
+
+def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> None:
+    """Which exists in YAML only: radius 0 is its own run, another radius is not."""
+    group = {
+        "lr_float": 0.01,
+        "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
+        "lr_scheduler": {"_name": "fixed", "warmup_updates": 0},
+    }
+    base = {"optimizer": {"_name": "composite", "groups": {"default": group}}, "criterion": {"_name": "cross_entropy"}}
+
+    def delta(rho: float) -> dict[str, Any]:
+        optimizer = {**base["optimizer"], "_name": "delta_sam", "base_optimizer": "composite", "sam_rho": rho}
+        return {"optimizer": optimizer, "criterion": {"_name": "delta_sam", "base_criterion": "cross_entropy"}}
+
+    finals = []
+    for name, changed in {"base": base, "zero": delta(0.0), "delta": delta(0.05)}.items():
+        config = {
+            "common": {"cpu": True, "seed": 1, "user_dir": str(USER_DIR)},
+            "task": {"_name": "translation", "data": str(translation_data)},
+            "dataset": {"batch_size": 16, "num_workers": 0, "disable_validation": True},
+            "optimization": {"lr": [0.01], "max_update": 3},
+            "lr_scheduler": {"_name": "pass_through"},
+            "model": {"_name": "transformer_tiny", "dropout": 0.3},
+        }
+        (tmp_path / name).mkdir()
+        OmegaConf.save(OmegaConf.create({**config, **changed}), tmp_path / name / "translation.yaml")
+        finals.append(hydra_train(tmp_path / name, tmp_path / name)[0])
+    assert distance(finals[0], finals[1]) == 0
+    assert distance(finals[0], finals[2]) > 0

@@ -68,7 +68,7 @@ def test_radius_zero_is_the_base_run_on_sentences(sentence_data: dict[str, Path]
     assert logged(one) == logged(other)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "nag", "adagrad", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["sgd", "nag", "adagrad", "adafactor", "adamax", "adadelta"])
 def test_radius_zero_with_other_base_optimizers(translation_data: Path, tmp_path: Path, optimizer: str) -> None:
     """Their defaults contradict each other (momentum is 0 in sgd, 0.99 in nag) and must stay each its own."""
     options = [*TRANSLATION, "--weight-decay", 0.01]

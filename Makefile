@@ -4,6 +4,8 @@
 #                TARGET_FILE=<file> uses two parallel files of your own instead of Debian's packages
 # make test      the test suite
 # make test-all  the test suite with its slow tests
+# make test-compat   the test suite on the oldest and the newest Python, torch and fairseq that are supported, for those
+#                interpreters that exist here; downloads CUDA builds of torch (5 GB) into .venv-3.10 and .venv-3.12
 # make lint      ruff and mypy
 # make clean     removes what the targets above made, .venv included
 #
@@ -14,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install example example-translation test test-all lint clean
+.PHONY: install example example-translation test test-all test-compat compat-3.10 compat-3.12 lint clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -40,11 +42,37 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests
 
+test-compat:
+	for version in 3.10 3.12; do \
+		if command -v "$$(tests/interpreter.sh $$version)" > /dev/null; then $(MAKE) compat-$$version || exit; \
+		else echo "No Python $$version here: not tested."; fi; \
+	done
+
+compat-3.10: .venv-3.10/.installed
+compat-3.12: .venv-3.12/.installed
+compat-3.10 compat-3.12: export MKL_CBWR := COMPATIBLE
+compat-3.10 compat-3.12: compat-%:
+	.venv-$*/bin/python -m pytest -q tests -m "not slow"
+
+# fairseq 0.12.2 needs a hydra and an omegaconf whose metadata newer versions of pip refuse
+.venv-3.10/.installed: setup.py constraints-oldest.txt
+	$$(tests/interpreter.sh 3.10) -m venv .venv-3.10
+	.venv-3.10/bin/python -m pip install --disable-pip-version-check --progress-bar off 'pip<24.1'
+	.venv-3.10/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		-c constraints-oldest.txt -e '.[fairseq,test]'
+	touch $@
+
+.venv-3.12/.installed: setup.py constraints.txt
+	$$(tests/interpreter.sh 3.12) -m venv .venv-3.12
+	.venv-3.12/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		-c constraints.txt -e '.[fairseq,test]'
+	touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy deltasam_plugin
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache examples/*/work
+	rm -rf $(VENV) .venv-3.* build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache examples/*/work
 	find deltasam_plugin tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -95,7 +95,7 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
 @pytest.mark.parametrize(
     ("section", "option", "value", "message"),
     [
-        ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--ddp-backend): "),
+        ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--"),
         ("distributed_training", "pipeline_model_parallel", True, "Invalid pipeline_model_parallel=True (--pipeline-"),
         ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot on a TPU."),
     ],

@@ -134,7 +134,10 @@ class BaseOptions:
         dataclass = self.dataclass_of(base)
         if dataclass is None:
             return base, self.components[base], self._namespace(cfg, base, given)
-        section = OmegaConf.create({**given, "_name": base}, flags={"allow_objects": True})
+        section = OmegaConf.create({"_name": base})
+        section._set_flag("allow_objects", True)
+        for name, value in given.items():
+            section[name] = value
         section.__dict__["_parent"] = cfg.__dict__["_parent"]
         return base, self.components[base], merge_with_parent(dataclass(), section)
 

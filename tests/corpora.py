@@ -6,10 +6,12 @@ import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from fairseq.criterions import CRITERION_REGISTRY
 from fairseq_cli import preprocess
 from runs import ADAM, SENTENCES, TRANSLATION, WORDS, base, fairseq_train, run, write_labels, write_translation
 
@@ -248,3 +250,7 @@ RECIPES: dict[str, Recipe] = {
     "wav2vec infonce": Recipe("wav2vec", "audio", [*W2V, "--infonce", *VQ]),
     "hubert": Recipe("hubert", "audio", [*HUBERT, "--loss-weights", "[10.0]"]),
 }
+if RDROP not in CRITERION_REGISTRY:  # fairseq 0.12.2
+    del RECIPES["rdrop"], RECIPES["rdrop zero"]
+if find_spec("fairseq.libnat") is None:  # a compiled part that not every distribution has
+    del RECIPES["nat_loss insertion"]

@@ -97,16 +97,23 @@ def scalars(logdir: Path, *names: str) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
+def trained(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A checkpoint's weights and statistics, without a buffer that fairseq 0.12.2 saves uninitialised."""
+    return {name: value for name, value in checkpoint["model"].items() if not name.endswith("._float_tensor")}
+
+
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The L2 norm of the difference between two checkpoints' weights."""
-    differences = [(weight - other["model"][name]).double().square().sum() for name, weight in one["model"].items()]
+    weights = trained(other)
+    differences = [(weight - weights[name]).double().square().sum() for name, weight in trained(one).items()]
     return float(sum(differences)) ** 0.5
 
 
 def assert_same_model(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two checkpoints hold the same weights and the same optimizer state, bit for bit."""
     assert one["model"].keys() == other["model"].keys()
-    different = [name for name, weight in one["model"].items() if not torch.equal(weight, other["model"][name])]
+    weights = trained(other)
+    different = [name for name, weight in trained(one).items() if not torch.equal(weight, weights[name])]
     assert not different
     states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()

@@ -106,16 +106,35 @@ def test_two_workers_are_two_micro_batches(runs: Runs) -> None:
         assert one == pytest.approx(other, rel=0.02), name
 
 
-def test_synchronised_workers_are_one_worker(tmp_path: Path) -> None:
-    """--sam-sync: the weights of all samples together, one ascent, as one process with the whole batch."""
+@pytest.fixture
+def one_batch(tmp_path: Path) -> Runs:
+    """Runs on sixteen sentences."""
     write_translation(tmp_path / "train", 16, seed=7)
     source = ["--source-lang", "src", "--target-lang", "tgt", "--trainpref", tmp_path / "train"]
     run(preprocess.cli_main, *source, "--validpref", tmp_path / "train", "--destdir", tmp_path / "bin")
-    runs = Runs(tmp_path, tmp_path / "bin")
+    return Runs(tmp_path, tmp_path / "bin")
+
+
+def test_perturbations_of_instances_do_not_depend_on_the_worker(one_batch: Runs) -> None:
+    """Two workers with half the batch each are one worker with the whole batch."""
     options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--max-update", 8]
-    whole = runs.train("whole", *options, "--batch-size", 16, workers=1)
-    synchronised = runs.train("synchronised", *options, "--batch-size", 8, "--sam-sync", workers=2)
-    apart = runs.train("apart", *options, "--batch-size", 8, workers=2)
+    options += ["--sam-perturbation", "instance"]
+    whole = one_batch.train("whole", *options, "--batch-size", 16, workers=1)
+    two = one_batch.train("two", *options, "--batch-size", 8, workers=2)
+    unlike = one_batch.train("unlike", *options, "--batch-size", 16, "--sam-rho", 0.049, workers=1)
+    assert two["notes"][0] == two["notes"][1]
+    assert 5 * distance(whole, two) < distance(whole, unlike)
+    for name in ("sam_ascent_gnorm", "sam_sharpness"):
+        one, other = (scalars(final["logs"], name)[name] for final in (whole, two))
+        assert one == pytest.approx(other, rel=0.002), name
+
+
+def test_synchronised_workers_are_one_worker(one_batch: Runs) -> None:
+    """--sam-sync: the weights of all samples together, one ascent, as one process with the whole batch."""
+    options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--max-update", 8]
+    whole = one_batch.train("whole", *options, "--batch-size", 16, workers=1)
+    synchronised = one_batch.train("synchronised", *options, "--batch-size", 8, "--sam-sync", workers=2)
+    apart = one_batch.train("apart", *options, "--batch-size", 8, workers=2)
     assert synchronised["notes"][0] == synchronised["notes"][1]
     assert 5 * distance(whole, synchronised) < distance(whole, apart)
     names = ("sam_ess", "sam_weight_max", "sam_ascent_gnorm", "sam_sharpness")

@@ -174,7 +174,12 @@ def peak_bytes(update: Callable[[], None], optimizer: torch.optim.Optimizer) -> 
         path = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    allocated = max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
+    # torch keeps counting what was allocated in one profile and freed after it: count from where this profile began.
+    counts = [
+        event["args"] for event in sorted(events, key=lambda e: e.get("ts", 0)) if event.get("name") == "[memory]"
+    ]
+    begin = counts[0]["Total Allocated"] - counts[0]["Bytes"]
+    allocated = max(count["Total Allocated"] for count in counts) - begin
     return allocated + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

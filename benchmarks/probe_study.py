@@ -75,7 +75,9 @@ def main() -> None:
     def losses_of(network: torch.nn.Module) -> Tensor:
         with recorded_outputs(network) as outputs, InDouble() if network is double else nullcontext():
             criterion(network, sample)
-            return adaptor_of(name)(criterion, network, sample, *outputs).detach().double()
+            given = adaptor_of(name)(criterion, network, sample, *outputs)
+        losses = given[0] if isinstance(given, tuple) else given  # without a part that is shared by the batch
+        return losses.detach().double()
 
     single, double = model, copy.deepcopy(model).double()
     weights = {network: [Weight(p) for p in network.parameters()] for network in (single, double)}

@@ -15,6 +15,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off
 
 .PHONY: install example example-translation test test-all test-compat compat-3.10 compat-3.12 lint clean
 .DELETE_ON_ERROR:
@@ -23,8 +24,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off \
-		-c constraints.txt -e '.[fairseq,examples,test]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[fairseq,examples,test]'
 	touch $@
 
 example: $(INSTALLED)
@@ -34,7 +34,7 @@ example-translation: $(INSTALLED)
 	$(BIN)/python -m examples.translation.run $(if $(SOURCE_FILE),--source '$(SOURCE_FILE)') $(if $(TARGET_FILE),--target '$(TARGET_FILE)')
 
 # tests compare bit for bit: results must not depend on where in memory arrays lie
-test test-all: export MKL_CBWR := COMPATIBLE
+test test-all compat-3.10 compat-3.12: export MKL_CBWR := COMPATIBLE
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q tests -m "not slow"
@@ -50,22 +50,19 @@ test-compat:
 
 compat-3.10: .venv-3.10/.installed
 compat-3.12: .venv-3.12/.installed
-compat-3.10 compat-3.12: export MKL_CBWR := COMPATIBLE
 compat-3.10 compat-3.12: compat-%:
 	.venv-$*/bin/python -m pytest -q tests -m "not slow"
 
 # fairseq 0.12.2 needs a hydra and an omegaconf whose metadata newer versions of pip refuse
 .venv-3.10/.installed: setup.py constraints-oldest.txt
 	$$(tests/interpreter.sh 3.10) -m venv .venv-3.10
-	.venv-3.10/bin/python -m pip install --disable-pip-version-check --progress-bar off 'pip<24.1'
-	.venv-3.10/bin/python -m pip install --disable-pip-version-check --progress-bar off \
-		-c constraints-oldest.txt -e '.[fairseq,test]'
+	.venv-3.10/bin/python $(PIP_INSTALL) 'pip<24.1'
+	.venv-3.10/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[fairseq,test]'
 	touch $@
 
 .venv-3.12/.installed: setup.py constraints.txt
 	$$(tests/interpreter.sh 3.12) -m venv .venv-3.12
-	.venv-3.12/bin/python -m pip install --disable-pip-version-check --progress-bar off \
-		-c constraints.txt -e '.[fairseq,test]'
+	.venv-3.12/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[fairseq,test]'
 	touch $@
 
 lint: $(INSTALLED)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's checkpoints)
 from deltasam_plugin.fairseq_config import NAME
 from deltasam_plugin.fairseq_criterion import OPTIONS
-from deltasam_plugin.per_sample import adaptor_of, recorded_outputs
+from deltasam_plugin.per_sample import adaptor_of, objective_of, recorded_outputs
 from deltasam_plugin.perturbation import Weight, displace, global_norm, restored
 from deltasam_plugin.probing import draw_direction
 from deltasam_plugin.weighting import curvature_weights, effective_sample_size, rounding_floor
@@ -74,10 +74,9 @@ def main() -> None:
 
     def losses_of(network: torch.nn.Module) -> Tensor:
         with recorded_outputs(network) as outputs, InDouble() if network is double else nullcontext():
-            criterion(network, sample)
-            given = adaptor_of(name)(criterion, network, sample, *outputs)
-        losses = given[0] if isinstance(given, tuple) else given  # without a part that is shared by the batch
-        return losses.detach().double()
+            loss, _, _ = criterion(network, sample)
+            objective = objective_of(loss, adaptor_of(name)(criterion, network, sample, *outputs))
+        return objective.losses.detach().double()
 
     single, double = model, copy.deepcopy(model).double()
     weights = {network: [Weight(p) for p in network.parameters()] for network in (single, double)}

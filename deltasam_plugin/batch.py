@@ -35,8 +35,9 @@ class BatchPerturbation:
 
     Args:
         weights: what is perturbed.
-        leaves: parameters whose ``.grad`` is kept free of the ascent, beside those that its graph shows. A graph shows
-            all but the parameters behind activation checkpointing.
+        leaves: every parameter that the ascent's backward pass may reach; their ``.grad`` is kept free of it.
+            None where the caller does not know them: `weights` and what the graph shows, all but what lies behind
+            activation checkpointing.
         settings: validated settings.
         step: of the caller's own counting; makes the probes of steps differ where nothing else draws random numbers.
         workers: those that share one perturbation; alone by default.
@@ -45,7 +46,7 @@ class BatchPerturbation:
     def __init__(
         self,
         weights: Sequence[Weight],
-        leaves: Sequence[Tensor],
+        leaves: Sequence[Tensor] | None,
         settings: Settings,
         step: int = 0,
         workers: Workers = ALONE,
@@ -122,7 +123,10 @@ class BatchPerturbation:
             ascended_loss = (relative.to(losses.dtype) * losses).sum()
             if objective.shared is not None:
                 ascended_loss = ascended_loss + relative.mean().to(losses.dtype) * objective.shared
-        with gradients_aside([*self._leaves, *leaves_of(ascended_loss)]):
+        leaves = self._leaves
+        if leaves is None:
+            leaves = [*(weight.parameter for weight in self._weights), *leaves_of(ascended_loss)]
+        with gradients_aside(leaves):
             ascended_loss.backward(scale.to(ascended_loss.dtype))
             gradients = [weight.parameter.grad for weight in self._weights]
         return self._workers.summed(gradients, self._weights)

@@ -146,7 +146,7 @@ class DeltaSAM(Optimizer):
 
     def _perturbation(self, parameters: list[nn.Parameter], step: int) -> Perturbation:
         if self.settings.perturbation == "batch" or self.settings.rho == 0:
-            return BatchPerturbation([Weight(parameter) for parameter in parameters], parameters, self.settings, step)
+            return BatchPerturbation([Weight(parameter) for parameter in parameters], None, self.settings, step)
         if self._engine is None or [id(p) for p in self._engine.parameters] != [id(p) for p in parameters]:
             names = [f"parameter {index}" for index in range(len(parameters))]
             self._engine = InstancePerturbation(zip(names, parameters, strict=True), self.settings.rho)

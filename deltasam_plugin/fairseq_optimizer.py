@@ -90,7 +90,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     _engine: tuple[list[nn.Module], InstancePerturbation] | None = None
 
     def weights(self, *modules: nn.Module) -> list[Weight]:
-        """The trainable parameters of `modules`, each with the optimizer's fp32 copy of it where there is one.
+        """The parameters of `modules` that are trained, each with the optimizer's fp32 copy of it where there is one.
 
         Args:
             modules: model and criterion, in the order in which fairseq's trainer collects their parameters.
@@ -101,8 +101,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if self._weights is None or self._weights[0] != list(modules):
             parameters = [p for p in chain(*(module.parameters() for module in modules)) if p.requires_grad]
             rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
-            masters = pair_masters(parameters, self._given)
-            weights = [Weight(p, master, id(p) in rewritten) for p, master in zip(parameters, masters, strict=True)]
+            idle = {id(p) for module in modules for p in idle_parameters(module)}
+            paired = zip(parameters, pair_masters(parameters, self._given), strict=True)
+            weights = [Weight(p, master, id(p) in rewritten) for p, master in paired if id(p) not in idle]
             warn_of_half_precision(weights, self.settings)
             self._weights = (list(modules), weights)
         return self._weights[1]
@@ -114,7 +115,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             leaves = [parameter for module in modules for parameter in module.parameters()]
             return BatchPerturbation(weights, leaves, self.settings, workers=self.workers)
         if self._engine is None or self._engine[0] != list(modules):
-            named = [item for module in modules for item in module.named_parameters()]
+            perturbed = {id(weight.parameter) for weight in weights}
+            named = [item for module in modules for item in module.named_parameters() if id(item[1]) in perturbed]
             self._engine = (list(modules), InstancePerturbation(named, self.settings.rho))
         return InstanceAscent(self._engine[1])
 
@@ -134,6 +136,15 @@ def rewritten_parameters(module: nn.Module) -> list[Tensor]:
         for hook in layer._forward_pre_hooks.values()
         if getattr(hook, "__qualname__", "").startswith("quant_noise.")
     ]
+
+
+def idle_parameters(module: nn.Module) -> list[Tensor]:
+    """The copies of an encoder layer's weights that fairseq 0.12.2 keeps for fast inference.
+
+    No loss in training depends on them, but they are trainable: zero until a checkpoint is loaded, then as large as the
+    weights themselves. Counted with the weights, they would make a resumed run another run.
+    """
+    return [p for layer in module.modules() if hasattr(layer, "BT_version") for p in layer.parameters(recurse=False)]
 
 
 def warn_of_half_precision(weights: Sequence[Weight], settings: Settings) -> None:

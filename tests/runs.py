@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,23 +98,28 @@ def scalars(logdir: Path, *names: str) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
-def trained(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """A checkpoint's weights and statistics, without a buffer that fairseq 0.12.2 saves uninitialised."""
-    return {name: value for name, value in checkpoint["model"].items() if not name.endswith("._float_tensor")}
+# Of fairseq 0.12.2: a buffer that it saves uninitialised, and copies of an encoder layer's weights for fast inference,
+# which training leaves alone: zeros until a checkpoint is loaded, then that checkpoint's weights.
+_UNTRAINED = re.compile(r".*\._float_tensor|.*\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
+
+
+def trained(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a model's state, the weights and statistics that training determines."""
+    return {name: value for name, value in weights.items() if not _UNTRAINED.fullmatch(name)}
 
 
 def distance(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The L2 norm of the difference between two checkpoints' weights."""
-    weights = trained(other)
-    differences = [(weight - weights[name]).double().square().sum() for name, weight in trained(one).items()]
+    weights = trained(other["model"])
+    differences = [(weight - weights[name]).double().square().sum() for name, weight in trained(one["model"]).items()]
     return float(sum(differences)) ** 0.5
 
 
 def assert_same_model(one: dict[str, Any], other: dict[str, Any]) -> None:
     """Two checkpoints hold the same weights and the same optimizer state, bit for bit."""
     assert one["model"].keys() == other["model"].keys()
-    weights = trained(other)
-    different = [name for name, weight in trained(one).items() if not torch.equal(weight, weights[name])]
+    weights = trained(other["model"])
+    different = [name for name, weight in trained(one["model"]).items() if not torch.equal(weight, weights[name])]
     assert not different
     states = [checkpoint["last_optimizer_state"]["state"] for checkpoint in (one, other)]
     assert states[0].keys() == states[1].keys()

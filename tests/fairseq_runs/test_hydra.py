@@ -61,7 +61,7 @@ def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> N
             "dataset": {"batch_size": 16, "num_workers": 0, "disable_validation": True},
             "optimization": {"lr": [0.01], "max_update": 3},
             "lr_scheduler": {"_name": "pass_through"},
-            "model": {"_name": "transformer_tiny", "dropout": 0.3},
+            "model": {"_name": "transformer_tiny", "dropout": 0.3, "base_layers": 0},
         }
         (tmp_path / name).mkdir()
         OmegaConf.save(OmegaConf.create({**config, **changed}), tmp_path / name / "translation.yaml")

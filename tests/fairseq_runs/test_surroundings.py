@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ADAM, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train
+from runs import ADAM, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, trained
 
 SURROUNDINGS: dict[str, list[object]] = {
     "activation checkpointing": ["--checkpoint-activations"],
@@ -24,7 +24,7 @@ def test_radius_zero_is_the_base_run(translation_data: Path, tmp_path: Path, nam
     one = fairseq_train(translation_data, tmp_path / "base", *options, *base())
     other = fairseq_train(translation_data, tmp_path / "delta", *options, *delta(rho=0))
     assert_same_model(one, other)
-    averages = [checkpoint["extra_state"].get("ema", {}) for checkpoint in (one, other)]
+    averages = [trained(checkpoint["extra_state"].get("ema", {})) for checkpoint in (one, other)]
     assert averages[0].keys() == averages[1].keys()
     assert all(torch.equal(average, averages[1][key]) for key, average in averages[0].items())
     assert bool(averages[0]) == (name == "average of the weights")

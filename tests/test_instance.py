@@ -14,6 +14,8 @@ from instance_oracle import correction_error, engine_gradients, gradients, loop,
 from torch import Tensor, nn
 
 from deltasam_plugin.instance import InstancePerturbation
+from deltasam_plugin.instance.algebra import Factor
+from deltasam_plugin.instance.interception import Target
 from deltasam_plugin.instance.layout import Layout
 from deltasam_plugin.instance.ledger import Ledger
 from deltasam_plugin.instance.operations import OPERATIONS
@@ -489,6 +491,63 @@ def test_losses_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
         ENGINE.solve(tape, losses)
 
 
+class _Sharing(nn.Module):
+    """Two layers of width 8 and what they share, for one row a sample."""
+
+    def __init__(self, use: Callable[[_Sharing, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.other, self.use = nn.Linear(8, 8), nn.Linear(8, 8), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+SHARING: dict[str, Callable[[_Sharing, Tensor], Tensor]] = {
+    "input, with and without bias": lambda m, x: m.one(x) * F.linear(x, m.other.weight),
+    "input, one layer twice": lambda m, x: m.other(x) * m.one(x) + m.one(x.tanh()),
+    "weight, not bias": lambda m, x: F.linear(x, m.one.weight, m.one.bias) * F.linear(x, m.one.weight, m.other.bias),
+    "weight, one without bias": lambda m, x: m.one(x) * F.linear(x.tanh(), m.one.weight),
+    "bias, not weight": lambda m, x: m.one(x) * F.linear(x, m.other.weight, m.one.bias),
+    "both, not together": lambda m, x: (
+        m.one(x) * F.linear(x.tanh(), m.one.weight) * F.linear(x, m.other.weight, m.one.bias)
+    ),
+}
+
+
+@pytest.mark.parametrize("shared", SHARING)
+def test_layers_that_share(shared: str) -> None:
+    model = Classifier(nn.Tanh(), _Sharing(SHARING[shared]))
+    assert correction_error(InstancePerturbation(model, RHO), classified(model), trainable(model)) <= TOLERANCE
+
+
+def test_one_backward_pass_once_all_is_known() -> None:
+    """What the first batch teaches (whose rows, what is covered) costs backward passes in the first batch only."""
+    model, passes = Classifier(), []
+    engine = InstancePerturbation(model, RHO)
+    for _ in range(2):
+        passes.append(0)
+        with engine.recording() as tape:
+            losses = classified(model)()
+        losses.register_hook(lambda _: passes.append(passes.pop() + 1))
+        engine.solve(tape, losses)
+    assert passes == [2 * 2 + 1 + 1, 1]  # two for each binary digit of four samples, coverage, solution
+
+
+def test_nothing_is_held_once_the_second_forward_pass_has_used_it() -> None:
+    """So that the backward pass frees it layer by layer."""
+    model = Classifier()
+    losses = classified(model)
+    engine = InstancePerturbation(model, RHO)
+    with engine.recording() as tape:
+        first = losses()
+    correction = engine.solve(tape, first)
+    targets = [site.weight for site in correction.sites]
+    assert all(correction.factors(target) for target in targets)
+    with engine.perturbed(correction):
+        losses()
+        assert not any(correction.factors(target) for target in targets)
+
+
 def test_shared_inputs_are_told_apart_when_they_differ() -> None:
     """Layers that read the same tensor share its rows, but not across a change in place or another grouping."""
     x = torch.arange(8.0).view(2, 2, 2).transpose(0, 1)  # rows of it are a copy
@@ -501,3 +560,16 @@ def test_shared_inputs_are_told_apart_when_they_differ() -> None:
     by_batch, by_time = (Layout(dim).bind((2, 2), 2, []) for dim in (0, 1))
     assert ledger.grouped(rows, by_batch) is ledger.grouped(rows, by_batch)
     assert torch.equal(ledger.grouped(rows, by_time), by_time.group(rows))
+
+
+def test_layers_that_share_their_input_share_its_products() -> None:
+    rows = torch.arange(8.0).view(4, 2)
+    grouping = Layout().bind((4,), 2, [])
+    assert grouping is not None
+    right = grouping.group(rows)
+    ledger, (query, key) = Ledger(), (Target(name, 0, 3) for name in ("query", "key"))
+    for target in (query, key):
+        ledger.factors[target].append(Factor(torch.ones(2, 2, 3), right))
+    correction = ledger.settle(torch.ones(2), RHO)
+    found = [correction.coefficients(correction.factors(target)[0], rows, grouping) for target in (query, key)]
+    assert found[0] is found[1]

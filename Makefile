@@ -54,15 +54,12 @@ compat-3.10 compat-3.12: compat-%:
 	.venv-$*/bin/python -m pytest -q tests -m "not slow"
 
 # fairseq 0.12.2 needs a hydra and an omegaconf whose metadata newer versions of pip refuse
-.venv-3.10/.installed: setup.py constraints-oldest.txt
-	$$(tests/interpreter.sh 3.10) -m venv .venv-3.10
-	.venv-3.10/bin/python $(PIP_INSTALL) 'pip<24.1'
-	.venv-3.10/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e '.[fairseq,test]'
-	touch $@
-
-.venv-3.12/.installed: setup.py constraints.txt
-	$$(tests/interpreter.sh 3.12) -m venv .venv-3.12
-	.venv-3.12/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[fairseq,test]'
+.venv-3.10/.installed: CONSTRAINTS := constraints-oldest.txt
+.venv-3.12/.installed: CONSTRAINTS := constraints.txt
+.venv-3.10/.installed .venv-3.12/.installed: .venv-%/.installed: setup.py constraints.txt constraints-oldest.txt
+	$$(tests/interpreter.sh $*) -m venv .venv-$*
+	.venv-$*/bin/python $(PIP_INSTALL) 'pip<24.1'
+	.venv-$*/bin/python $(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[fairseq,test]'
 	touch $@
 
 lint: $(INSTALLED)

@@ -203,9 +203,9 @@ class Row(NamedTuple):
         """As a line of the table."""
         cells = [*map(str, self.case), f"{statistics.median(self.seconds[UNIT]):.2f}"]
         for name in self.seconds:
-            least, median, greatest = self.ratio(name)
-            spread = "" if name == UNIT else f" ({least:.2f}–{greatest:.2f})"
-            cells.append(f"{median:.2f}{spread}, {self.memory_ratio(name):.2f}")
+            if name != UNIT:
+                least, median, greatest = self.ratio(name)
+                cells.append(f"{median:.2f} ({least:.2f}–{greatest:.2f}), {self.memory_ratio(name):.2f}")
         faster = statistics.median(a / b for a, b in zip(self.seconds["loop"], self.seconds["instance"], strict=True))
         return [*cells, f"{faster:.1f}×"]
 
@@ -277,7 +277,7 @@ def main() -> None:
     for case in chosen:
         row = measure(case, arguments.rounds)
         if not rows:
-            header = [*Case._fields, "sam, s", *row.seconds, "loop / instance"]
+            header = [*Case._fields, f"{UNIT}, s", *(name for name in row.seconds if name != UNIT), "loop / instance"]
             print("| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
         rows.append(row)
         print("| " + " | ".join(row.cells()) + " |", flush=True)

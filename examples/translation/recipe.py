@@ -9,7 +9,7 @@ PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
 WORK = HERE / "work"
 DATA = WORK / "data-bin"
 
-UPDATES = 1500
+UPDATES = 6000
 
 SHARED = f"""
     --cpu --seed 1 --num-workers 0
@@ -18,9 +18,9 @@ SHARED = f"""
     --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4
     --decoder-embed-dim 128 --decoder-ffn-embed-dim 512 --decoder-attention-heads 4
     --encoder-normalize-before --decoder-normalize-before
-    --dropout 0.1 --label-smoothing 0.1 --adam-betas (0.9,0.98) --clip-norm 1.0 --max-tokens 1024
-    --lr 4e-3 --lr-scheduler polynomial_decay --warmup-updates 200 --total-num-update {UPDATES} --max-update {UPDATES}
-    --save-interval-updates 500 --keep-interval-updates 1 --no-epoch-checkpoints --log-format simple --log-interval 20
+    --dropout 0.1 --label-smoothing 0.1 --adam-betas (0.9,0.98) --clip-norm 1.0 --max-tokens 512
+    --lr 2e-3 --lr-scheduler polynomial_decay --warmup-updates 500 --total-num-update {UPDATES} --max-update {UPDATES}
+    --save-interval-updates 1000 --keep-interval-updates 1 --no-epoch-checkpoints --log-format simple --log-interval 50
 """
 
 BASE = "label_smoothed_cross_entropy"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deltasam_plugin.gradient import Objective, Statistics, checked
+from deltasam_plugin.gradient import Objective, Statistics, checked, leaves_of
 from deltasam_plugin.perturbation import Weight, ascended, origins
 from deltasam_plugin.probing import probe_losses
 from deltasam_plugin.replay import Conditions, observed_autocast
@@ -147,21 +147,6 @@ def gradients_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for leaf, gradient in zip(leaves, kept, strict=True):
             leaf.grad = gradient
-
-
-def leaves_of(value: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass from `value` accumulates gradients in."""
-    leaves: list[Tensor] = []
-    waiting, seen = [value.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        waiting.extend(before for before, _ in node.next_functions)
-    return leaves
 
 
 def coarsest(dtypes: set[torch.dtype]) -> torch.dtype:

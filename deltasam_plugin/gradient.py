@@ -161,3 +161,18 @@ def checked(objective: Objective) -> Objective:
             "sample of the batch, e.g. from a loss function with reduction='none', summed over the sample's tokens."
         )
     return objective
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from `value` accumulates gradients in."""
+    leaves: list[Tensor] = []
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        waiting.extend(before for before, _ in node.next_functions)
+    return leaves

@@ -128,12 +128,14 @@ def test_frozen_parameters_stay(frozen: str) -> None:
     assert correction_error(InstancePerturbation(model, RHO), classified(model), trainable(model)) <= TOLERANCE
 
 
-def test_inputs_that_want_a_gradient_of_their_own() -> None:
+@pytest.mark.parametrize("prepare", [lambda x: x, lambda x: 2 * x, nn.Linear(5, 5).double()])
+def test_inputs_that_want_a_gradient_of_their_own(prepare: Callable[[Tensor], Tensor]) -> None:
+    """Leaves, or computed from leaves that the engine does not know: another optimizer's weights, say."""
     model = Classifier()
     x = torch.randn(4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def losses() -> Tensor:
-        return model(x).square().sum(1)
+        return (model(prepare(x)) * model(x.detach())).square().sum(1)
 
     assert correction_error(InstancePerturbation(model, RHO), losses, trainable(model)) <= TOLERANCE
 
@@ -442,6 +444,22 @@ def test_weights_used_otherwise_are_refused(use: Callable[[Tensor, nn.Linear], T
     model = Classifier(_Branch(use))
     with pytest.raises(RuntimeError, match=rf"does not cover .*layers.1.linear.\w+ \({reason}\).*Must be at most 1%"):
         recorded(model, classified(model))
+
+
+@pytest.mark.parametrize("first", ["unused", "overflowing"])
+def test_weights_that_the_first_batch_says_nothing_about_are_checked_later(first: str) -> None:
+    branch = _Branch(lambda x, linear: _hidden(x, linear.weight))
+    model = Classifier(branch)
+    engine = InstancePerturbation(model, RHO)
+    use, scale = branch.use, float("inf") if first == "overflowing" else 1.0
+    if first == "unused":
+        branch.use = lambda x, linear: x
+    engine_gradients(engine, classified(model), trainable(model), scale)
+    branch.use = use
+    with pytest.raises(
+        RuntimeError, match=r"does not cover .*layers.1.linear.weight \(used outside the covered layers"
+    ):
+        engine_gradients(engine, classified(model), trainable(model))
 
 
 def _written(x: Tensor, bias: Tensor) -> Tensor:

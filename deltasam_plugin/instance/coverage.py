@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,6 @@ class Coverage:
         """Whether the parameter is perturbed."""
         return target.name not in self._uncovered
 
-    def uncovered_parameters(self) -> list[Tensor]:
-        """The parameters that are not."""
-        return [self._parameters[name] for name in self._uncovered]
-
     def exclude(self, reasons: Mapping[str, str]) -> None:
         """Take parameters out of coverage.
 
@@ -63,16 +59,15 @@ class Coverage:
         self._warned = len(self._uncovered)
 
     def _share(self) -> float:
-        return sum(parameter.numel() for parameter in self.uncovered_parameters()) / max(self._total, 1)
+        return sum(self._parameters[name].numel() for name in self._uncovered) / max(self._total, 1)
 
     def _listing(self) -> str:
         names = ", ".join(f"{name} ({reason})" for name, reason in sorted(self._uncovered.items()))
         return f"{self._share():.2%} of the weights: {names}"
 
-    def unverified(self, used: Iterable[str]) -> list[str]:
-        """Parameters whose coverage is yet to be checked: at first all, later those used for the first time."""
-        names = set(used) if self._attempts else set(self._parameters)
-        return sorted(names - self._verified - self._uncovered.keys())
+    def unverified(self) -> list[str]:
+        """Parameters whose coverage is yet to be checked."""
+        return sorted(self._parameters.keys() - self._verified - self._uncovered.keys())
 
     def verify(self, true: Mapping[str, Tensor | None], arrived: Sequence[tuple[Site, Tensor]]) -> None:
         """Compare weight gradients made from recorded rows with autograd's own.

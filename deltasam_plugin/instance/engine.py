@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltasam_plugin.gradient import leaves_of
 from deltasam_plugin.instance.algebra import forming_is_cheaper
 from deltasam_plugin.instance.coverage import Coverage, not_a_replay
 from deltasam_plugin.instance.interception import Interception, Target
@@ -154,8 +155,7 @@ class InstancePerturbation:
     def _backward(
         self, tape: Tape, losses: Tensor, gradient: Tensor, retain_graph: bool, wanted: Sequence[Tensor] = ()
     ) -> tuple[Tensor | None, ...]:
-        # Uncovered parameters are not perturbed, but a layer may be reachable through them only.
-        inputs = [*wanted, *([] if tape.token is None else [tape.token]), *self._coverage.uncovered_parameters()]
+        inputs = [*wanted, *([] if tape.token is None else [tape.token])]
         if not inputs or not losses.requires_grad:
             return tuple(None for _ in wanted)
         found = torch.autograd.grad(losses, inputs, gradient, retain_graph=retain_graph, allow_unused=True)
@@ -174,8 +174,10 @@ class InstancePerturbation:
 
     def _verify(self, tape: Tape, losses: Tensor, scale: Tensor) -> None:
         """Compare weight gradients made from what was recorded with autograd's own, once for each parameter."""
-        used = {target.name for site in tape.sites for target in (site.weight, site.bias) if target is not None}
-        names = self._coverage.unverified(used)
+        names = self._coverage.unverified()
+        if names:
+            used = {id(leaf) for leaf in leaves_of(losses)}
+            names = [name for name in names if id(self._parameters[name]) in used]
         if names:
             wanted = [self._parameters[name] for name in names]
             gradients, true = self._probe(tape, losses, scale.expand_as(losses), wanted)

@@ -18,7 +18,7 @@ from deltasam_plugin.instance.operations import OPERATIONS
 
 
 class _Root(torch.autograd.Function):
-    """Identity that makes the output of a first layer, whose input has no gradient, reachable in backward."""
+    """Identity that makes the output of a first layer reachable in a backward pass to the tape's token."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, token: Tensor) -> Tensor:
@@ -41,6 +41,8 @@ class Tape:
         self._coverage = coverage
         self._inputs = Inputs()
         self._uses: defaultdict[tuple[Any, ...], int] = defaultdict(int)
+        self._outputs: set[Any] = set()  # nodes of the graph: where calls ended,
+        self._before: set[Any] = set()  # and those that no call leads to
         self.interception = Interception(parameters, OPERATIONS, self._visit)
 
     def _visit(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,7 +55,7 @@ class Tape:
             return NotImplemented
         x = self._inputs.rows(operation, call.x)
         y = operation.run(call, x)
-        if not call.x.requires_grad or call.x.is_leaf:
+        if not self._follows(call.x):
             if self.token is None:
                 self.token = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
             y = _Root.apply(y, self.token)
@@ -67,7 +69,22 @@ class Tape:
         index = len(self.sites)
         self.sites.append(site)
         y.register_hook(lambda gradient: self._arrive(index, gradient))
+        self._outputs.add(y.grad_fn)
         return operation.finish(call, y)
+
+    def _follows(self, x: Tensor) -> bool:
+        """Whether x was computed from the output of an earlier call; the graph is searched back to the next ones."""
+        waiting, seen = [x.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node in self._outputs:
+                return True
+            if node is None or node in seen or node in self._before:
+                continue
+            seen.add(node)
+            waiting.extend(before for before, _ in node.next_functions)
+        self._before |= seen
+        return False
 
     def _arrive(self, index: int, gradient: Tensor) -> None:
         if self.probed is not None:
@@ -81,6 +98,7 @@ class Tape:
     def end(self) -> None:
         """The forward pass is over."""
         self._inputs = Inputs()
+        self._outputs, self._before = set(), set()
 
     def misused(self) -> dict[str, str]:
         """Parameters with uses that have no perturbed form, with the reason."""

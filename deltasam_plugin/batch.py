@@ -98,7 +98,7 @@ class BatchPerturbation:
             statistics.fill(
                 ess=effective_sample_size(everybodys),
                 weight_max=everybodys.numel() * largest,
-                ascent_gnorm=torch.where(ascent.skipped > 0, 0, norm),
+                ascent_gnorm=torch.where((ascent.skipped > 0) | (scale == 0), 0, norm),
                 eps_norm=ascent.moved,
                 skipped=ascent.skipped,
             )
@@ -107,8 +107,8 @@ class BatchPerturbation:
     def _sample_weights(self, losses: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         """v of this worker's samples, and of all samples that share the perturbation."""
         if self._differences is None or self._floor is None:
-            weights = uniform_weights(losses)
-            return weights, weights
+            everybodys = uniform_weights(max(1, self._workers.total(losses.numel(), scale)), losses.device)
+            return everybodys[:1].expand(losses.shape), everybodys
         differences, floor, own = self._workers.gathered(self._differences, self._floor, scale)
         everybodys = curvature_weights(differences, floor)
         return everybodys[own], everybodys

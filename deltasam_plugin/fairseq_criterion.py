@@ -14,6 +14,7 @@ from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
+from fairseq.models import BaseFairseqModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -58,17 +59,27 @@ class SharpnessAwareCriterion(FairseqCriterion):
         inner = unwrapped(model)  # the ascent must not trigger the gradient exchange of a distributed wrapper
         results: list[tuple[Any, dict[str, Any]]] = []
 
-        def first() -> Objective:
+        def objective(network: nn.Module) -> tuple[Objective, tuple[Any, dict[str, Any]]]:
             with recorded_outputs(inner, self._base_name) as outputs:
-                loss, sample_size, logging_output = forward(inner, sample, *args, **kwargs)
-            objective = objective_of(loss, self._adaptor(self, inner, sample, *outputs))
-            results[:] = [(sample_size, logging_output)]  # probes run this too; the ascent forward is the last
+                loss, sample_size, logging_output = forward(network, sample, *args, **kwargs)
+            losses = self._adaptor(self, inner, sample, *outputs)
+            return objective_of(loss, losses), (sample_size, logging_output)
+
+        def first() -> Objective:
+            found, result = objective(inner)
+            results[:] = [result]  # probes run this too; the ascent forward is the last
             if not self._checked:
-                check_sum(self._base_name, objective)
+                check_sum(self._base_name, found)
                 self._checked = True
-            return objective
+            return found
+
+        # A criterion's own layers run twice in the first pass, for its loss and for its adaptor. Only the latter has a
+        # part in the per-sample losses, so that is where instances are perturbed.
+        layered = optimizer.settings.perturbation == "instance" and any(p.requires_grad for p in self.parameters())
 
         def second() -> Tensor:
+            if layered:
+                return objective(model)[0].losses.sum()
             return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
         devices = {weight.parameter.device for weight in optimizer.weights(inner, self)}
@@ -102,8 +113,8 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside its distributed wrappers."""
-    while "module" in model._modules:
+    """The model inside its distributed wrappers, which are no fairseq models."""
+    while "module" in model._modules and not isinstance(model, BaseFairseqModel):
         model = model.module  # type: ignore[assignment]
     return model
 

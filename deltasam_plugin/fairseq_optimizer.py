@@ -86,27 +86,28 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     settings: Settings
     _given: list[Tensor]
-    _weights: tuple[list[nn.Module], list[Weight]] | None = None
-    _engine: tuple[list[nn.Module], InstancePerturbation] | None = None
+    _weights: dict[tuple[nn.Module, ...], list[Weight]]
+    _engines: dict[tuple[nn.Module, ...], InstancePerturbation]
 
     def weights(self, *modules: nn.Module) -> list[Weight]:
         """The parameters of `modules` that are trained, each with the optimizer's fp32 copy of it where there is one.
 
         Args:
-            modules: model and criterion, in the order in which fairseq's trainer collects their parameters.
+            modules: model and criterion, in the order in which fairseq's trainer collects their parameters; or the part
+                of the model that a multilingual task trains on the batch.
 
         Raises:
             RuntimeError: the optimizer holds something else than these parameters or copies of them.
         """
-        if self._weights is None or self._weights[0] != list(modules):
+        if modules not in self._weights:
             parameters = [p for p in chain(*(module.parameters() for module in modules)) if p.requires_grad]
             rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
             idle = {id(p) for module in modules for p in idle_parameters(module)}
             paired = zip(parameters, pair_masters(parameters, self._given), strict=True)
             weights = [Weight(p, master, id(p) in rewritten) for p, master in paired if id(p) not in idle]
             warn_of_half_precision(weights, self.settings)
-            self._weights = (list(modules), weights)
-        return self._weights[1]
+            self._weights[modules] = weights
+        return self._weights[modules]
 
     def perturbation(self, *modules: nn.Module) -> Perturbation:
         """The perturbation of one (micro-)batch of model and criterion."""
@@ -114,11 +115,16 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if self.settings.perturbation == "batch" or self.settings.rho == 0:
             leaves = [parameter for module in modules for parameter in module.parameters()]
             return BatchPerturbation(weights, leaves, self.settings, workers=self.workers)
-        if self._engine is None or self._engine[0] != list(modules):
+        if modules not in self._engines:
             perturbed = {id(weight.parameter) for weight in weights}
-            named = [item for module in modules for item in module.named_parameters() if id(item[1]) in perturbed]
-            self._engine = (list(modules), InstancePerturbation(named, self.settings.rho))
-        return InstanceAscent(self._engine[1])
+            names: dict[nn.Parameter, str] = {}
+            for prefix, module in zip(("", "criterion."), modules, strict=True):
+                for name, parameter in module.named_parameters():
+                    if id(parameter) in perturbed:
+                        names.setdefault(parameter, prefix + name)
+            named = [(name, parameter) for parameter, name in names.items()]
+            self._engines[modules] = InstancePerturbation(named, self.settings.rho)
+        return InstanceAscent(self._engines[modules])
 
     @property
     def workers(self) -> Workers:
@@ -177,7 +183,7 @@ def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[
 
     Args:
         parameters: of the model, in fairseq's order, each once.
-        given: the same tensors, or a copy of each in the same order, or all of them flattened into one.
+        given: the same tensors (and others), or a copy of each in the same order, or all of them flattened into one.
 
     Returns:
         One fp32 copy per parameter, None where there is none; views where the optimizer has one flattened copy.
@@ -185,7 +191,7 @@ def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[
     Raises:
         RuntimeError: neither of these.
     """
-    if {id(p) for p in parameters} == {id(p) for p in given}:
+    if {id(p) for p in parameters} <= {id(p) for p in given}:
         return [None] * len(parameters)
     if [p.shape for p in parameters] == [p.shape for p in given]:
         return list(given)
@@ -195,8 +201,9 @@ def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[
     raise RuntimeError(
         f"The optimizer holds {len(given)} tensors with {sum(p.numel() for p in given)} elements, the model and "
         f"criterion {len(parameters)} trainable ones with {sum(p.numel() for p in parameters)}. δ-SAM must find every "
-        "parameter whole in this process: sharded, pipelined or partly frozen optimizers are not supported. "
-        "Use --ddp-backend legacy_ddp or pytorch_ddp without sharding."
+        "parameter whole in this process, and the fp32 copy of each if there are any. Use --ddp-backend legacy_ddp or "
+        "pytorch_ddp without sharding; and for a task that trains a part of the model at a time (multilingual ones) "
+        "--amp instead of --fp16."
     )
 
 
@@ -235,6 +242,7 @@ class FairseqDeltaSAM(FairseqOptimizer):
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
         optimizer._given = params
+        optimizer._weights, optimizer._engines = {}, {}
         _latest = weakref.ref(optimizer)
         return optimizer
 

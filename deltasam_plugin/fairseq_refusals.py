@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,13 +12,16 @@ from deltasam_plugin.fairseq_config import NAME
 WHOLE = "δ-SAM needs every parameter whole in each process"
 ALIKE = "δ-SAM needs gradients that are exchanged at every update"
 REFUSED: list[tuple[str, str, Any, str]] = [
-    # section, option, value, reason and remedy
+    # section, option, value (a number: and all above), reason and remedy
     ("distributed_training", "ddp_backend", "fully_sharded", f"{WHOLE}. Use legacy_ddp or pytorch_ddp."),
     ("distributed_training", "ddp_backend", "slowmo", f"{ALIKE}. Use legacy_ddp or pytorch_ddp."),
     ("distributed_training", "pipeline_model_parallel", True, f"{WHOLE}. Leave it out."),
     ("optimization", "use_bmuf", True, f"{ALIKE}. Leave it out."),
     ("common", "tpu", True, "δ-SAM replays random numbers, which it cannot on a TPU. Leave it out (on the command line "
      "--bf16 implies it; fairseq-hydra-train has common.bf16 without)."),
+    ("common", "model_parallel_size", 2, f"{WHOLE}. Leave it out."),
+    ("model", "quant_noise_scalar", sys.float_info.min, "every forward pass would count as an update, and probes would "
+     "set the scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip
 REFUSED_PER_INSTANCE = {
     "checkpoint_activations": "it runs layers again in backward, where their output gradients are not recorded",
@@ -48,9 +52,10 @@ def refuse_unsupported(root: DictConfig) -> None:
         )
     for section, option, value, reason in REFUSED:
         found = _value(root.get(section), option)
-        if found == value or str(found) == value:
+        if found is not None and (found >= value if isinstance(value, int | float) else str(found) == value):
             flag = "--" + option.replace("_", "-")
-            raise ValueError(f"Invalid {option}={value!r} ({flag}): {reason}")
+            shown = str(found) if isinstance(value, str) else found
+            raise ValueError(f"Invalid {option}={shown!r} ({flag}): {reason}")
     if _value(root.get("optimizer"), "sam_perturbation") == "instance":
         for option, reason in REFUSED_PER_INSTANCE.items():
             if found := _value(root.get("model"), option):

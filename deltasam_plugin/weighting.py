@@ -17,7 +17,7 @@ from torch import Tensor
 
 WEIGHTINGS = ("curvature", "uniform")
 
-# Measured by examples/sentiment/probe_study.py: the rounding error of a loss in units of eps * |loss|.
+# Measured by benchmarks/probe_study.py: the rounding error of a loss in units of eps * |loss|.
 ROUNDING_FACTOR = 4.0
 
 
@@ -56,16 +56,17 @@ def rounding_floor(plus: Tensor, minus: Tensor, center: Tensor, eps: float) -> T
     return ROUNDING_FACTOR * eps * (plus + minus + 2 * center) / 4
 
 
-def uniform_weights(losses: Tensor) -> Tensor:
+def uniform_weights(count: int, device: torch.device | None = None) -> Tensor:
     """Equal weights v = 1/B: plain SAM.
 
     Args:
-        losses: shape (B,); only its shape and device matter.
+        count: B.
+        device: of the result.
 
     Returns:
         v, shape (B,), double precision.
     """
-    return torch.full(losses.shape, 1.0 / max(losses.numel(), 1), dtype=torch.double, device=losses.device)
+    return torch.full((count,), 1.0 / max(count, 1), dtype=torch.double, device=device)
 
 
 def curvature_weights(differences: Tensor, floor: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def curvature_weights(differences: Tensor, floor: Tensor) -> Tensor:
         v, shape (B,), double precision: non-negative, sum 1.
     """
     differences = differences.detach().double()
-    uniform = uniform_weights(differences[0])
+    uniform = uniform_weights(differences.size(-1), differences.device)
     if uniform.numel() == 0:
         return uniform
     peak = differences.abs().amax()  # factored out: squares of huge or tiny losses stay in range

@@ -36,6 +36,14 @@ class Workers:
         dist.all_gather_object(seeds, seed, group=self.group)
         return int(seeds[0])
 
+    def total(self, count: int, scale: Tensor) -> int:
+        """The number of samples of all workers; those of a worker whose loss is multiplied by zero do not count."""
+        if self.group is None:
+            return count
+        counts: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(counts, count if bool(scale != 0) else 0, group=self.group)
+        return sum(counts)
+
     def gathered(self, differences: Tensor, floor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, slice]:
         """What the probes of all workers measured, side by side.
 

@@ -48,7 +48,9 @@ class InstancePerturbation:
     def __init__(self, parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], rho: float) -> None:
         if not (math.isfinite(rho) and rho >= 0):
             raise ValueError(f"Invalid rho={rho}. Must be finite and >= 0.")
-        named = parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters
+        named = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
+        if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
+            raise ValueError(f"Several parameters of the same name: {', '.join(twice)}. Must be unique: add a prefix.")
         self.rho = rho
         self._parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._coverage = Coverage(self._parameters)

@@ -77,6 +77,11 @@ ERRORS: dict[str, tuple[list[object], str]] = {
         "Invalid ddp_backend='slowmo' (--ddp-backend): δ-SAM needs gradients that are exchanged at every update. Use "
         "legacy_ddp or pytorch_ddp.",
     ),
+    "scalar quantization": (
+        [*delta(), "--quant-noise-scalar", 0.5],
+        "Invalid quant_noise_scalar=0.5 (--quant-noise-scalar): every forward pass would count as an update, and "
+        "probes would set the scales. Leave it out, or use --quant-noise-pq.",
+    ),
     "unknown perturbation": (
         [*delta(), "--sam-perturbation", "layer"],
         "Unknown perturbation='layer' (--sam-perturbation). Choose one of: batch, instance.",
@@ -98,6 +103,12 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
         ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--"),
         ("distributed_training", "pipeline_model_parallel", True, "Invalid pipeline_model_parallel=True (--pipeline-"),
         ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot on a TPU."),
+        (
+            "common",
+            "model_parallel_size",
+            4,
+            "Invalid model_parallel_size=4 (--model-parallel-size): δ-SAM needs every",
+        ),
     ],
 )
 def test_what_this_machine_cannot_start_is_refused(section: str, option: str, value: object, message: str) -> None:

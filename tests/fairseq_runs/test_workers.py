@@ -129,9 +129,11 @@ def test_perturbations_of_instances_do_not_depend_on_the_worker(one_batch: Runs)
         assert one == pytest.approx(other, rel=0.002), name
 
 
-def test_synchronised_workers_are_one_worker(one_batch: Runs) -> None:
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+def test_synchronised_workers_are_one_worker(one_batch: Runs, weighting: str) -> None:
     """--sam-sync: the weights of all samples together, one ascent, as one process with the whole batch."""
     options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--max-update", 8]
+    options += ["--sam-weighting", weighting]
     whole = one_batch.train("whole", *options, "--batch-size", 16, workers=1)
     synchronised = one_batch.train("synchronised", *options, "--batch-size", 8, "--sam-sync", workers=2)
     apart = one_batch.train("apart", *options, "--batch-size", 8, workers=2)
@@ -143,9 +145,10 @@ def test_synchronised_workers_are_one_worker(one_batch: Runs) -> None:
         assert one == pytest.approx(other, rel=0.02), name
 
 
-def test_synchronised_workers_and_a_dummy_batch(runs: Runs) -> None:
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+def test_synchronised_workers_and_a_dummy_batch(runs: Runs, weighting: str) -> None:
     """The worker with the dummy batch takes part in the exchange and contributes nothing."""
-    options = ["--lr", 0.02, "--batch-size", 24, "--max-update", 8, "--sam-sync"]
+    options = ["--lr", 0.02, "--batch-size", 24, "--max-update", 8, "--sam-sync", "--sam-weighting", weighting]
     final = runs.train("two", *options, "--optimizer", "delta_sam", "--base-optimizer", "sgd", workers=2)
     assert final["notes"][0] == final["notes"][1]
     assert scalars(final["logs"], "sam_skipped")["sam_skipped"] == [0] * 8

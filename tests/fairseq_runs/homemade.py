@@ -1,0 +1,72 @@
+"""Things of a user's own that are easy to get wrong: a model inside a model, and a criterion with weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
+from fairseq.models.transformer import TransformerModel, tiny_architecture
+from torch import Tensor, nn
+
+from deltasam_plugin import per_sample_losses
+
+MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
+
+
+@register_model(MODEL)
+class Wrapping(BaseFairseqModel):
+    """A Transformer called ``module``, as in a distributed wrapper, with a layer of its own behind it."""
+
+    @staticmethod
+    def add_args(parser: Any) -> None:
+        TransformerModel.add_args(parser)
+
+    @classmethod
+    def build_model(cls, args: Any, task: Any) -> Wrapping:
+        model = cls()
+        model.module = TransformerModel.build_model(args, task)
+        model.norm = nn.LayerNorm(len(task.target_dictionary))
+        return model
+
+    def forward(self, **inputs: Any) -> tuple[Tensor, Any]:
+        logits, extra = self.module(**inputs)
+        return self.norm(logits), extra
+
+    def get_normalized_probs(self, *arguments: Any, **options: Any) -> Tensor:
+        return self.module.get_normalized_probs(*arguments, **options)
+
+    def get_targets(self, *arguments: Any) -> Tensor:
+        return self.module.get_targets(*arguments)
+
+    def max_positions(self) -> Any:
+        return self.module.max_positions()
+
+
+register_model_architecture(MODEL, MODEL)(tiny_architecture)
+
+
+@register_criterion(CRITERION, dataclass=LabelSmoothedCrossEntropyCriterionConfig)
+class NormalizingCriterion(LabelSmoothedCrossEntropyCriterion):
+    """Label-smoothed cross-entropy with a layer of its own, which has the same name as the model's."""
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> NormalizingCriterion:
+        criterion = super().build_criterion(cfg, task)
+        criterion.norm = nn.LayerNorm(len(task.target_dictionary))
+        return criterion
+
+    def compute_loss(self, model: Any, net_output: Any, sample: Any, reduce: bool = True) -> Any:
+        logits = net_output[0] + self.norm(net_output[0])
+        return super().compute_loss(model, (logits, *net_output[1:]), sample, reduce)
+
+
+@per_sample_losses(CRITERION)
+def normalizing_losses(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
+    """As for label-smoothed cross-entropy."""
+    losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
+    return losses.view(sample["target"].size(0), -1).sum(dim=1)

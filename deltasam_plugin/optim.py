@@ -61,6 +61,10 @@ class DeltaSAM(Optimizer):
     ) -> None:
         # Deliberately without super().__init__(): there is one state, and it is the base optimizer's.
         self.settings = Settings(rho, weighting, probes, probe_scale, perturbation)
+        if not callable(base_optimizer):
+            raise ValueError(f"Invalid base_optimizer={base_optimizer!r}. Must be a class, e.g. torch.optim.AdamW.")
+        if isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.LBFGS):
+            raise ValueError("Invalid base_optimizer LBFGS: it evaluates the loss itself. Use one that takes one step.")
         self.base_optimizer = base_optimizer(params, **base_options)
         self.statistics: Statistics | None = None
         self._engine: InstancePerturbation | None = None
@@ -101,20 +105,21 @@ class DeltaSAM(Optimizer):
         """Add a parameter group to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
 
-    def register_step_pre_hook(self, hook: Any) -> Any:
-        """Register a hook that runs before the base optimizer's step, with the gradient in place."""
-        return self.base_optimizer.register_step_pre_hook(hook)
-
-    def register_step_post_hook(self, hook: Any) -> Any:
-        """Register a hook that runs after the base optimizer's step."""
-        return self.base_optimizer.register_step_post_hook(hook)
+    def __getattr__(self, name: str) -> Any:
+        # Hooks on steps and state dicts: torch's own methods register them in the base optimizer's tables.
+        if name.startswith("_optimizer_"):
+            return getattr(self.base_optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients."""
         self.base_optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Tensor]) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """One update: gradient at the perturbed weights, step of the base optimizer at the weights themselves.
+
+        Gradients are cleared first. To change them before the base optimizer uses them (clipping), register a hook with
+        :meth:`register_step_pre_hook`.
 
         Args:
             closure: forward pass without backward; returns the per-sample losses, shape (B,). It is run once for the
@@ -124,16 +129,28 @@ class DeltaSAM(Optimizer):
             The mean of the losses at w, detached. What else was measured is in ``self.statistics``.
 
         Raises:
-            ValueError: the closure did not return one loss per sample.
+            ValueError: there is no closure, it did not return one loss per sample, or no parameter is trainable.
             Whatever the closure raises, with the weights as they were.
         """
+        if closure is None:
+            raise ValueError(
+                "DeltaSAM.step() without a closure: it runs the forward pass several times. Pass a function that "
+                "returns the per-sample losses, e.g. lambda: F.cross_entropy(model(x), y, reduction='none')."
+            )
 
         def first() -> Objective:
             losses = closure()
+            if not isinstance(losses, Tensor):
+                raise ValueError(
+                    f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
+                    "loss function with reduction='none'."
+                )
             return Objective(losses.mean(), losses)
 
         group = self.param_groups[0]
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not parameters:
+            raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         self.zero_grad()
         with torch.enable_grad():
             perturbation = self._perturbation(parameters, group.get(STEP, 0))

@@ -37,7 +37,7 @@ class Settings:
     sync: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho >= 0):
+        if not (_finite(self.rho) and self.rho >= 0):
             raise ValueError(
                 f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; 0.05 is the usual start."
             )
@@ -50,7 +50,7 @@ class Settings:
                 f"Invalid probes={self.probes!r} (--sam-probes). Must be an integer >= 1; "
                 "for no probes at all use the weighting 'uniform'."
             )
-        if not (math.isfinite(self.probe_scale) and 0 < self.probe_scale < 1):
+        if not (_finite(self.probe_scale) and 0 < self.probe_scale < 1):
             raise ValueError(
                 f"Invalid probe_scale={self.probe_scale!r} (--sam-probe-scale). Must be a fraction of the norm of the "
                 "weights, between 0 and 1 exclusive; 0.01 is the default."
@@ -60,3 +60,7 @@ class Settings:
                 f"Unknown perturbation={self.perturbation!r} (--sam-perturbation). "
                 f"Choose one of: {', '.join(PERTURBATIONS)}."
             )
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -326,13 +326,18 @@ def test_gradients_of_before_the_step_are_cleared():
     assert_same(delta, plain)
 
 
-def test_step_hooks_can_be_registered():
+def test_hooks_can_be_registered():
     model, calls = Net(), []
     optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.1)
-    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    names = [name for name in dir(torch.optim.Optimizer) if name.startswith("register_")]
+    assert len(names) == 6
+    for name in names:
+        getattr(optimizer, name)(lambda *_, name=name: calls.append(name))
     train(model, optimizer, range(1))
-    assert calls == ["before", "after"]
+    assert calls == ["register_step_pre_hook", "register_step_post_hook"]
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert sorted(calls) == sorted(names)
+    assert not hasattr(optimizer, "loss")
 
 
 def test_a_deep_copy_is_an_optimizer_of_its_own(monkeypatch):
@@ -361,6 +366,30 @@ def test_the_representation_names_settings_and_base_optimizer():
 def test_an_invalid_setting_is_refused_at_once():
     with pytest.raises(ValueError, match=r"Invalid rho=-0.1 \(--sam-rho\)"):
         DeltaSAM(Net().parameters(), torch.optim.SGD, rho=-0.1, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("adam", r"Invalid base_optimizer='adam'\. Must be a class"),
+        (torch.optim.LBFGS, "Invalid base_optimizer LBFGS: it"),
+    ],
+)
+def test_a_base_optimizer_that_cannot_be_one_is_refused(base, message):
+    with pytest.raises(ValueError, match=message):
+        DeltaSAM(Net().parameters(), base, lr=0.1)
+
+
+def test_a_step_that_cannot_be_taken_is_refused():
+    model = Net()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match=r"DeltaSAM.step\(\) without a closure: .* Pass a function that returns"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="Invalid per-sample losses: the closure returned None"):
+        optimizer.step(lambda: None)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"DeltaSAM.step\(\) without a trainable parameter"):
+        optimizer.step(closure_of(model, 0))
 
 
 @pytest.mark.parametrize("weighting", ["curvature", "uniform"])

@@ -9,7 +9,7 @@ from deltasam_plugin.settings import PERTURBATIONS
 from deltasam_plugin.weighting import WEIGHTINGS
 
 
-@pytest.mark.parametrize("rho", [-0.1, -1e-300, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rho", [-0.1, -1e-300, math.nan, math.inf, -math.inf, "0.05", None])
 def test_rho_must_be_finite_and_not_negative(rho):
     with pytest.raises(ValueError, match="Invalid rho") as error:
         Settings(rho=rho)
@@ -37,7 +37,7 @@ def test_probes_must_be_a_positive_integer(probes):
     )
 
 
-@pytest.mark.parametrize("scale", [0.0, -0.01, 1.0, 1.5, math.nan, math.inf])
+@pytest.mark.parametrize("scale", [0.0, -0.01, 1.0, 1.5, math.nan, math.inf, "0.01", None])
 def test_the_probe_scale_must_be_a_fraction(scale):
     with pytest.raises(ValueError, match="Invalid probe_scale") as error:
         Settings(probe_scale=scale)

@@ -25,7 +25,6 @@ REFUSED: list[tuple[str, str, Any, str]] = [
 ]  # fmt: skip
 REFUSED_PER_INSTANCE = {
     "checkpoint_activations": "it runs layers again in backward, where their output gradients are not recorded",
-    "offload_activations": "it runs layers again in backward, where their output gradients are not recorded",
     "quant_noise_pq": "the forward pass rewrites the weights",
 }
 

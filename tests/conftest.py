@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,12 @@ def sentence_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             texts = ["--trainpref", root / f"{kind}.{part}.train", "--validpref", root / f"{kind}.{part}.valid"]
             run(preprocess.cli_main, "--only-source", *texts, "--destdir", made[kind] / part)
     return made
+
+
+@pytest.fixture
+def cuda_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fairseq asks for CUDA although it runs on a CPU (overflow, flat gradients, --amp), it gets the CPU."""
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *_: tensor)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", partial(torch.amp.GradScaler, "cpu"))
+    monkeypatch.setattr(torch.cuda.amp, "autocast", partial(torch.autocast, "cpu", dtype=torch.bfloat16))

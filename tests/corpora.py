@@ -13,7 +13,18 @@ import numpy as np
 import soundfile
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq_cli import preprocess
-from runs import ADAM, SENTENCES, TRANSLATION, WORDS, base, fairseq_train, run, write_labels, write_translation
+from runs import (
+    ADAM,
+    SENTENCES,
+    SMOOTHED,
+    TRANSLATION,
+    WORDS,
+    base,
+    fairseq_train,
+    run,
+    write_labels,
+    write_translation,
+)
 
 RATE, FRAME = 16000, 320  # of the audio: samples per second, samples per frame label
 
@@ -150,9 +161,9 @@ class Recipe:
     corpus: str
     options: Sequence[object]
 
-    def command(self, data: Path) -> list[object]:
-        """The options, for this data folder."""
-        return [data / option if isinstance(option, Path) else option for option in [*self.options, *ADAM]]
+    def command(self, data: Path, optimizer: Sequence[object] = ADAM) -> list[object]:
+        """The options, for this data folder, and those of the optimizer."""
+        return [data / option if isinstance(option, Path) else option for option in [*self.options, *optimizer]]
 
 
 def small(*sides: str, layers: int = 1) -> list[object]:
@@ -187,6 +198,10 @@ RANKING: list[object] = ["--task", "sentence_ranking", "--arch", "roberta", *sma
 S2T: list[object] = ["--task", "speech_to_text", "--arch", "s2t_transformer_xs", *small("encoder", "decoder")]
 S2T += ["--conv-channels", 32, "--max-tokens", 1000, "--ctc-weight", 0.5, "--label-smoothing", 0.1]
 
+CONFORMER: list[object] = ["--task", "speech_to_text", "--arch", "s2t_conformer", *small("encoder", "decoder")]
+CONFORMER += ["--input-feat-per-channel", 8, "--conv-channels", 32, "--depthwise-conv-kernel-size", 3]
+CONFORMER += ["--max-tokens", 1000, "--dropout", 0.2]
+
 CONVOLUTIONS = "[(16, 10, 5), (16, 8, 4), (16, 4, 4), (16, 4, 4)]"  # one frame for every 320 samples
 AUDIO: list[object] = ["--sample-rate", RATE, "--max-tokens", 8 * 44 * FRAME, "--min-sample-size", 100]
 MASKS: list[object] = [
@@ -215,6 +230,9 @@ CTC += ["--w2v-path", Path("wav2vec2.pt"), "--apply-mask", "--mask-prob", 0.4, "
 
 RDROP = "label_smoothed_cross_entropy_with_rdrop"
 RECIPES: dict[str, Recipe] = {
+    "cross_entropy": Recipe("cross_entropy", "aligned", TRANSLATION),
+    SMOOTHED: Recipe(SMOOTHED, "aligned", [*TRANSLATION, "--label-smoothing", 0.1]),
+    "batch norm": Recipe(SMOOTHED, "features", CONFORMER),
     "adaptive_loss": Recipe("adaptive_loss", "aligned", [*TRANSLATION, *ADAPTIVE, "--adaptive-softmax-dropout", 0.3]),
     "adaptive_loss lstm": Recipe("adaptive_loss", "aligned", [*LSTM, *ADAPTIVE]),
     "masked_lm": Recipe("masked_lm", "text", MASKED),

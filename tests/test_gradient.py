@@ -396,16 +396,20 @@ def test_the_second_pass_computes_in_the_autocast_precision_of_the_first_and_see
     assert statistics.sharpness.item() == pytest.approx(9 * (1.5**2 - 1), rel=1e-2)
 
 
-def test_a_half_precision_model_is_perturbed_through_its_masters(batches):
-    model = Net().half()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_precision_model_is_perturbed_through_its_masters(dtype, batches):
+    model = Net().to(dtype)
     masters = [p.detach().float() for p in model.parameters()]
-    batch = (batches[0][0].half(), batches[0][1])
+    batch = (batches[0][0].to(dtype), batches[0][1])
     through = [Weight(p, master) for p, master in zip(model.parameters(), masters)]
     before = weights(model)
     loss, statistics = aware(model, batch, Settings(0.01), weights=through)
     (128 * loss).backward()
-    assert statistics.eps_norm.item() == pytest.approx(0.01, rel=0.2)
-    assert all(p.grad.dtype == torch.float16 for p in model.parameters())
+    if dtype == torch.float16:
+        assert statistics.eps_norm.item() == pytest.approx(0.01, rel=0.2)
+    else:  # a step is a fraction of the weights' spacing: the few that move, move too far
+        assert 0.01 < statistics.eps_norm.item() < 0.1
+    assert all(p.grad.dtype == dtype for p in model.parameters())
     assert same(weights(model), before)
 
 

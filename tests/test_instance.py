@@ -538,6 +538,16 @@ def test_layers_that_share(shared: str) -> None:
     assert correction_error(InstancePerturbation(model, RHO), classified(model), trainable(model)) <= TOLERANCE
 
 
+def test_every_layer_has_the_cheaper_form() -> None:
+    """For four rows a sample: gradients are formed where the matrix is small against the rows, factored where not."""
+    model = nn.Sequential(nn.Linear(2, 64), nn.Linear(64, 64), nn.Linear(64, 2))
+    engine = InstancePerturbation(model, RHO)
+    with engine.recording() as tape:
+        losses = model(torch.randn(3, 4, 2)).square().sum((1, 2))
+    correction = engine.solve(tape, losses)
+    assert [site.formed for site in correction.sites] == [True, False, True]
+
+
 def test_one_backward_pass_once_all_is_known() -> None:
     """What the first batch teaches (whose rows, what is covered) costs backward passes in the first batch only."""
     model, passes = Classifier(), []

@@ -16,7 +16,14 @@ from torch import Tensor
 from deltasam_plugin import per_sample_losses
 
 NAME = "faulty_label_smoothed_cross_entropy"
-PASSES = {"probe +": 0, "probe -": 1, "ascent": 2, "second forward": 3, "second backward": 3}
+PASSES = {
+    "probe +": 0,
+    "probe -": 1,
+    "ascent": 2,
+    "ascent backward": 2,
+    "second forward": 3,
+    "second backward": 3,
+}
 
 
 @dataclass
@@ -28,6 +35,7 @@ class Plan:
     error: Exception | None = None
     calls: int = 0
     poisoned: bool = False
+    armed: bool = False
 
     def due(self) -> bool:
         """Called once per training pass; is this the one?"""
@@ -47,8 +55,11 @@ class FaultyCriterion(LabelSmoothedCrossEntropyCriterion):
         if not self.training or not plan.due():
             return loss, sample_size, logging_output
         if plan.error is None:
-            plan.poisoned = True
+            plan.poisoned = not plan.where.startswith("second")  # the adaptor runs in the first pass alone
             return loss * torch.nan, sample_size, logging_output
+        if plan.where == "ascent backward":
+            plan.armed = True
+            return loss, sample_size, logging_output
         if plan.where == "second backward":
             loss.register_hook(_fail)
             return loss, sample_size, logging_output
@@ -65,4 +76,7 @@ def faulty_losses(criterion: Any, model: Any, sample: Any, net_output: Any) -> T
     """As for label-smoothed cross-entropy."""
     losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     poison, plan.poisoned = plan.poisoned, False
+    if plan.armed:
+        losses.register_hook(_fail)
+    plan.armed = False
     return losses.view(sample["target"].size(0), -1).sum(dim=1) * (torch.nan if poison else 1)

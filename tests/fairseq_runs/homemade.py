@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
@@ -20,7 +22,10 @@ MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
 
 @register_model(MODEL)
 class Wrapping(BaseFairseqModel):
-    """A Transformer called ``module``, as in a distributed wrapper, with a layer of its own behind it."""
+    """A Transformer called ``module``, as in a distributed wrapper, with a layer of its own behind it.
+
+    Its random numbers are Python's and numpy's.
+    """
 
     @staticmethod
     def add_args(parser: Any) -> None:
@@ -28,6 +33,7 @@ class Wrapping(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, args: Any, task: Any) -> Wrapping:
+        random.seed(1)  # fairseq does not
         model = cls()
         model.module = TransformerModel.build_model(args, task)
         model.norm = nn.LayerNorm(len(task.target_dictionary))
@@ -35,7 +41,7 @@ class Wrapping(BaseFairseqModel):
 
     def forward(self, **inputs: Any) -> tuple[Tensor, Any]:
         logits, extra = self.module(**inputs)
-        return self.norm(logits), extra
+        return self.norm(logits) * (random.uniform(0.9, 1.1) + np.random.uniform(0, 0.1)), extra
 
     def get_normalized_probs(self, *arguments: Any, **options: Any) -> Tensor:
         return self.module.get_normalized_probs(*arguments, **options)

@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from corpora import RECIPES, corpus
 from fairseq.models.hubert import HubertModel
 from fairseq.models.wav2vec import Wav2Vec2Model
 from fairseq.trainer import Trainer
-from runs import assert_same_model, base, delta, fairseq_train
+from runs import ADAM, assert_same_model, base, delta, distance, fairseq_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_invariants import logged
 
@@ -41,10 +41,10 @@ def _reproducible_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 def train(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Train by a recipe, with further options, two updates of two batches."""
 
-    def train(name: str, folder: str, *options: object) -> dict[str, Any]:
+    def train(name: str, folder: str, *options: object, optimizer: Sequence[object] = ADAM) -> dict[str, Any]:
         recipe = RECIPES[name]
         data = corpus(recipe.corpus, tmp_path_factory.getbasetemp())
-        return fairseq_train(data, tmp_path / folder, *QUICK, *recipe.command(data), *options, updates=2)
+        return fairseq_train(data, tmp_path / folder, *QUICK, *recipe.command(data, optimizer), *options, updates=2)
 
     return train
 
@@ -86,6 +86,46 @@ def test_weights_are_restored(
     assert values["sam_eps_norm"] == pytest.approx([0.05, 0.05], rel=1e-3)
     assert values["sam_skipped"] == [0, 0]
     assert all(0 < share <= 1 for share in values["sam_ess"])
+
+
+INSTANCE = ["--sam-perturbation", "instance"]
+SHARED = "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample"
+REFUSED_PER_INSTANCE = {
+    "adaptive_loss lstm": "does not cover .* of the weights",
+    "batch norm": "several samples' losses depend on the same rows",
+    "ctc": "does not cover .* of the weights",
+    "wav2vec": "does not cover .* of the weights",
+    **dict.fromkeys(["regularized", "wav2vec 2.0", "wav2vec infonce", "hubert"], SHARED),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_instances_of_every_criterion(train: Callable[..., dict[str, Any]], name: str) -> None:
+    """Perturbed each for itself: a batch of one is SAM; or refused with the reason."""
+    options = [*delta(RECIPES[name].criterion, optimizer="sgd"), "--lr", 0.02]
+    if name in REFUSED_PER_INSTANCE:
+        with pytest.raises((RuntimeError, ValueError), match=REFUSED_PER_INSTANCE[name]):
+            train(name, "instance", *options, *INSTANCE, optimizer=[])
+        return
+    options += ["--batch-size", 1, "--required-batch-size-multiple", 1]
+    sam = train(name, "sam", *options, "--sam-weighting", "uniform", optimizer=[])
+    instance = train(name, "instance", *options, *INSTANCE, optimizer=[])
+    plain = train(name, "plain", *options, "--sam-rho", 0, optimizer=[])
+    assert 100 * distance(sam, instance) < distance(sam, plain)
+
+
+@pytest.mark.parametrize("name", ["masked_lm", "sentence_ranking", "alignment"])
+def test_instances_of_a_batch_are_those_of_batches_of_one(train: Callable[..., dict[str, Any]], name: str) -> None:
+    """In particular where a layer sees only some positions of each, the masked ones."""
+    options = [*delta(RECIPES[name].criterion, optimizer="sgd"), "--lr", 0.02, "--dropout", 0]
+    options += ["--required-batch-size-multiple", 1, "--attention-dropout", 0]
+    whole = {"--batch-size": 200, "--update-freq": 1}, {"--batch-size": 1, "--update-freq": 200}
+    together, apart = (
+        train(name, f"{i}", *options, *INSTANCE, *itertools.chain(*sizes.items()), optimizer=[])
+        for i, sizes in enumerate(whole)
+    )
+    sam = train(name, "sam", *options, *itertools.chain(*whole[0].items()), optimizer=[])
+    assert 100 * distance(together, apart) < distance(together, sam)
 
 
 @pytest.mark.parametrize("name", ["wav2vec 2.0", "hubert"])

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 from runs import USER_DIR, distance
+from test_criterions import ADAPTOR, CRITERION, user_directory
 
 EXAMPLE = USER_DIR.parent / "examples" / "hydra"
 
@@ -68,3 +70,19 @@ def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> N
         finals.append(hydra_train(tmp_path / name, tmp_path / name)[0])
     assert distance(finals[0], finals[1]) == 0
     assert distance(finals[0], finals[2]) > 0
+
+
+@pytest.mark.slow
+def test_a_user_directory_that_imports_the_plugin_last(translation_data: Path, tmp_path: Path) -> None:
+    """Whose criterion has options of its own: they are options of δ-SAM's, too."""
+    mine = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + ADAPTOR})
+    overrides = [f"task.data={translation_data}", f"common.user_dir={mine}", "common.cpu=true"]
+    overrides += ["optimization.max_update=2", "dataset.max_tokens=300", "dataset.num_workers=0"]
+    overrides += [
+        "criterion.base_criterion=my_criterion",
+        "~criterion.label_smoothing",
+        "+criterion.my_temperature=1.5",
+    ]
+    saved, output = hydra_train(EXAMPLE, tmp_path / "run", *overrides)
+    assert saved["cfg"]["criterion"]["my_temperature"] == 1.5
+    assert "sam_sharpness" in output

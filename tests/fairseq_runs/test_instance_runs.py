@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from corpora import corpus, small
 from runs import ADAM, SENTENCES, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars
 from torch import nn
 from torch.nn import functional as F
@@ -16,9 +18,16 @@ INSTANCE = ["--sam-perturbation", "instance"]
 SGD = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02]
 
 
-def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path) -> None:
-    """With one sample in a batch its worst case is the batch's: SAM, up to rounding, dropout included."""
-    options = [*TRANSLATION, "--batch-size", 1, "--update-freq", 4, "--label-smoothing", 0.1, *delta(), *SGD]
+BART: list[object] = ["--task", "translation", "--arch", "bart_base", *small("encoder", "decoder")]
+
+
+@pytest.mark.parametrize("model", [TRANSLATION, BART], ids=["transformer", "bart"])
+@pytest.mark.parametrize("clip", [0, 0.1])
+def test_batches_of_one_are_sam(tmp_path_factory, tmp_path: Path, model: list[object], clip: float) -> None:
+    """With one sample in a batch its worst case is the batch's: SAM, up to rounding, dropout and clipping included."""
+    translation_data = corpus("aligned", tmp_path_factory.getbasetemp())
+    options = [*model, "--batch-size", 1, "--update-freq", 4, "--label-smoothing", 0.1, *delta(), *SGD]
+    options += ["--clip-norm", clip, "--lr", 0.5 if clip else 0.02, "--disable-validation"]
     sam = fairseq_train(translation_data, tmp_path / "sam", *options, "--sam-weighting", "uniform")
     instance = fairseq_train(translation_data, tmp_path / "instance", *options, *INSTANCE)
     plain = fairseq_train(translation_data, tmp_path / "plain", *options, "--sam-rho", 0)
@@ -37,6 +46,19 @@ def test_batch_is_the_sum_of_its_samples(translation_data: Path, tmp_path: Path)
         translation_data, tmp_path / "sam", *options, "--batch-size", 160, "--sam-perturbation", "batch", updates=2
     )
     assert 100 * distance(together, apart) < distance(together, sam)
+
+
+def test_half_precision_is_close_to_single_precision(translation_data: Path, tmp_path: Path) -> None:
+    options = [*TRANSLATION, "--dropout", 0, "--label-smoothing", 0.1, *delta(), *SGD, *INSTANCE]
+    half = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4]
+    changed = {"half": half, "plain": [*half, "--sam-rho", 0], "sam": [*half, "--sam-perturbation", "batch"]}
+    single = fairseq_train(translation_data, tmp_path / "single", *options, updates=3)
+    runs = {
+        name: fairseq_train(translation_data, tmp_path / name, *options, *own, updates=3)
+        for name, own in changed.items()
+    }
+    assert distance(single, runs["half"]) < 0.75 * distance(runs["half"], runs["sam"])
+    assert distance(single, runs["half"]) < 0.5 * distance(runs["half"], runs["plain"])
 
 
 @pytest.mark.parametrize(
@@ -72,9 +94,30 @@ def test_sentences(sentence_data: dict[str, Path], tmp_path: Path) -> None:
     assert scalars(tmp_path / "logs", "sam_skipped")["sam_skipped"] == [0] * 6
 
 
-def test_activation_checkpointing_is_refused(translation_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Invalid checkpoint_activations=True \(--checkpoint-activations\) with"):
-        fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta(), *INSTANCE, "--checkpoint-activations")
+AGAIN = "it runs layers again in backward, where their output gradients are not recorded"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--checkpoint-activations"],
+            f"Invalid checkpoint_activations=True (--checkpoint-activations){{}}: {AGAIN}. ",
+        ),
+        (["--offload-activations"], f"Invalid checkpoint_activations=True (--checkpoint-activations){{}}: {AGAIN}. "),
+        (
+            ["--quant-noise-pq", 0.1],
+            "Invalid quant_noise_pq=0.1 (--quant-noise-pq){}: the forward pass rewrites the weights. ",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_perturbed_by_instance_is_refused(
+    translation_data: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    message = message.format(" with --sam-perturbation instance") + "Leave it out, or use --sam-perturbation batch."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta(), *INSTANCE, *options)
 
 
 def test_delta_sam_without_fairseq_equals_a_loop() -> None:
@@ -85,10 +128,11 @@ def test_delta_sam_without_fairseq_equals_a_loop() -> None:
     def losses() -> torch.Tensor:
         return F.cross_entropy(model(tokens).mean(dim=1), targets, reduction="none")
 
-    expected = [torch.zeros_like(parameter) for parameter in model.parameters()]
+    norms, expected = [], [torch.zeros_like(parameter) for parameter in model.parameters()]
     for index in range(5):
         gradients = torch.autograd.grad(losses()[index], list(model.parameters()))
         norm = torch.cat([gradient.view(-1) for gradient in gradients]).norm()
+        norms.append(norm)
         before = [parameter.detach().clone() for parameter in model.parameters()]
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.data.add_(0.3 * gradient / norm)
@@ -104,3 +148,19 @@ def test_delta_sam_without_fairseq_equals_a_loop() -> None:
     for parameter, begin, gradient in zip(model.parameters(), start, expected, strict=True):
         torch.testing.assert_close(parameter.detach(), begin - gradient, rtol=1e-9, atol=1e-12)
     assert value > 0
+    assert optimizer.statistics is not None
+    assert float(optimizer.statistics.ascent_gnorm) == pytest.approx(float(torch.stack(norms).mean()))
+    assert float(optimizer.statistics.ascent_gnorm_std) == pytest.approx(float(torch.stack(norms).std(correction=0)))
+
+
+def test_the_norms_give_the_sharpness_to_first_order() -> None:
+    """Mean of the losses: ρ times the mean norm; the rest is of order ρ²."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    x, y = torch.randn(6, 5).double(), torch.randint(3, (6,))
+    for rho, tolerance in ((1e-2, 1e-2), (1e-4, 1e-4)):
+        optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=rho, perturbation="instance", lr=0.0)
+        optimizer.step(lambda: F.cross_entropy(model(x), y, reduction="none"))
+        assert optimizer.statistics is not None
+        first_order = rho * float(optimizer.statistics.ascent_gnorm)
+        assert float(optimizer.statistics.sharpness) == pytest.approx(first_order, rel=tolerance)

@@ -146,8 +146,19 @@ def test_synchronised_workers_are_one_worker(one_batch: Runs, weighting: str) ->
 
 
 @pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+def test_a_synchronised_worker_with_a_dummy_batch_contributes_nothing(one_batch: Runs, weighting: str) -> None:
+    """One batch for two workers: the same as without the second worker, bit for bit."""
+    options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--max-update", 4]
+    options += ["--batch-size", 16, "--sam-weighting", weighting]
+    alone = one_batch.train("alone", *options, workers=1)
+    joined = one_batch.train("joined", *options, "--sam-sync", workers=2)
+    assert distance(alone, joined) == 0
+    assert alone["notes"][0] == joined["notes"][0]
+
+
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
 def test_synchronised_workers_and_a_dummy_batch(runs: Runs, weighting: str) -> None:
-    """The worker with the dummy batch takes part in the exchange and contributes nothing."""
+    """The worker with the dummy batch takes part in the exchange."""
     options = ["--lr", 0.02, "--batch-size", 24, "--max-update", 8, "--sam-sync", "--sam-weighting", weighting]
     final = runs.train("two", *options, "--optimizer", "delta_sam", "--base-optimizer", "sgd", workers=2)
     assert final["notes"][0] == final["notes"][1]

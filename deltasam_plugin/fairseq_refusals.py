@@ -71,4 +71,4 @@ def _name(section: Any) -> str | None:
 
 
 def _value(section: Any, option: str) -> Any:
-    return section.get(option) if isinstance(section, DictConfig) else getattr(section, option, None)
+    return getattr(section, option, None)  # a DictConfig's get() raises for options it does not have

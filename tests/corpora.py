@@ -199,7 +199,7 @@ S2T: list[object] = ["--task", "speech_to_text", "--arch", "s2t_transformer_xs",
 S2T += ["--conv-channels", 32, "--max-tokens", 1000, "--ctc-weight", 0.5, "--label-smoothing", 0.1]
 
 CONFORMER: list[object] = ["--task", "speech_to_text", "--arch", "s2t_conformer", *small("encoder", "decoder")]
-CONFORMER += ["--input-feat-per-channel", 8, "--conv-channels", 32, "--depthwise-conv-kernel-size", 3]
+CONFORMER += ["--input-feat-per-channel", 8, "--conv-channels", 32]
 CONFORMER += ["--max-tokens", 1000, "--dropout", 0.2]
 
 CONVOLUTIONS = "[(16, 10, 5), (16, 8, 4), (16, 4, 4), (16, 4, 4)]"  # one frame for every 320 samples

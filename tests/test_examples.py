@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.translation import prepare
+from examples.translation import evaluate, prepare
 from examples.translation.corpus import Page, Pair, line_pairs, sentences
 from examples.translation.prepare import clean, split
 
@@ -60,3 +60,13 @@ def test_no_page_is_in_two_parts_and_nothing_is_seen_in_training() -> None:
     assert not found["train"] & found["valid"] | found["train"] & found["test"] | found["valid"] & found["test"]
     trained = {side for pair in parts["train"] for side in pair[1:]}
     assert not trained & {side for name in ("valid", "test") for pair in parts[name] for side in pair[1:]}
+
+
+def test_translations_are_compared_with_their_own_references(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """sacrebleu would compare one with another's if any were missing."""
+    monkeypatch.setattr(evaluate, "DATA", tmp_path)
+    sentences = ["This is the first sentence.", "Here we have the second one.", "And that makes three of them."]
+    (tmp_path / "test.target").write_text("".join(f"{sentence}\n" for sentence in sentences))
+    assert evaluate.bleu(sentences)[0] == pytest.approx(100)
+    with pytest.raises(SystemExit, match=r"fairseq-generate translated 2 of 3 segments of the test part\."):
+        evaluate.bleu(sentences[1:])

@@ -15,7 +15,8 @@ from .recipe import DATA, EXPERIMENT, PLUGIN
 BEAM = 5
 RESAMPLES = 1000  # of the test part, for the interval
 
-SHARED = "--cpu --num-workers 0 --batch-size 64"
+# By default fairseq makes batches of multiples of 8 sentences, and leaves out what remains at the end.
+SHARED = "--cpu --num-workers 0 --batch-size 64 --required-batch-size-multiple 1"
 COMMANDS = {
     "fairseq-validate": f"{SHARED} --task translation --valid-subset valid --log-format json",
     "fairseq-generate": f"{SHARED} --gen-subset test --beam {BEAM} --remove-bpe sentencepiece",
@@ -96,6 +97,8 @@ def bleu(translation: list[str]) -> tuple[float, float, str]:
     """Return BLEU against the plain text of the test part, half the width of its 95 % interval, and the signature."""
     metric = sacrebleu.BLEU()
     references = (DATA / "test.target").read_text(encoding="utf-8").split("\n")[:-1]
+    if len(translation) != len(references):  # sacrebleu would compare what does not belong together
+        sys.exit(f"fairseq-generate translated {len(translation)} of {len(references)} segments of the test part.")
     score = metric.corpus_score(translation, [references], n_bootstrap=RESAMPLES)
     return score.score, score._ci, str(metric.get_signature())
 

@@ -30,8 +30,7 @@ from deltasam_plugin.per_sample import (
 
 SMOOTHED = "label_smoothed_cross_entropy"
 ORACLES: dict[str, Recipe] = {
-    **RECIPES,
-    "cross_entropy": Recipe("cross_entropy", "aligned", TRANSLATION),
+    **{name: recipe for name, recipe in RECIPES.items() if name != "batch norm"},  # which mixes samples
     "prefix": Recipe(
         SMOOTHED,
         "aligned",

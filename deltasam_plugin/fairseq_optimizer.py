@@ -117,11 +117,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             return BatchPerturbation(weights, leaves, self.settings, workers=self.workers)
         if modules not in self._engines:
             perturbed = {id(weight.parameter) for weight in weights}
-            names: dict[nn.Parameter, str] = {}
-            for prefix, module in zip(("", "criterion."), modules, strict=True):
-                for name, parameter in module.named_parameters():
-                    if id(parameter) in perturbed:
-                        names.setdefault(parameter, prefix + name)
+            names = {
+                parameter: prefix + name
+                for prefix, module in zip(("", "criterion."), modules, strict=True)
+                for name, parameter in module.named_parameters()
+                if id(parameter) in perturbed
+            }
             named = [(name, parameter) for parameter, name in names.items()]
             self._engines[modules] = InstancePerturbation(named, self.settings.rho)
         return InstanceAscent(self._engines[modules])

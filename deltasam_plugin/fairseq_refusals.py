@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from omegaconf import DictConfig
@@ -11,17 +10,17 @@ from deltasam_plugin.fairseq_config import NAME
 
 WHOLE = "δ-SAM needs every parameter whole in each process"
 ALIKE = "δ-SAM needs gradients that are exchanged at every update"
-REFUSED: list[tuple[str, str, Any, str]] = [
-    # section, option, value (a number: and all above), reason and remedy
+REFUSED: list[tuple[str, str, str | int, str]] = [
+    # section, option, the name that is refused or the number above which all are, reason and remedy
     ("distributed_training", "ddp_backend", "fully_sharded", f"{WHOLE}. Use legacy_ddp or pytorch_ddp."),
     ("distributed_training", "ddp_backend", "slowmo", f"{ALIKE}. Use legacy_ddp or pytorch_ddp."),
-    ("distributed_training", "pipeline_model_parallel", True, f"{WHOLE}. Leave it out."),
-    ("optimization", "use_bmuf", True, f"{ALIKE}. Leave it out."),
-    ("common", "tpu", True, "δ-SAM replays random numbers, which it cannot on a TPU. Leave it out (on the command line "
+    ("distributed_training", "pipeline_model_parallel", 0, f"{WHOLE}. Leave it out."),
+    ("optimization", "use_bmuf", 0, f"{ALIKE}. Leave it out."),
+    ("common", "tpu", 0, "δ-SAM replays random numbers, which it cannot on a TPU. Leave it out (on the command line "
      "--bf16 implies it; fairseq-hydra-train has common.bf16 without)."),
-    ("common", "model_parallel_size", 2, f"{WHOLE}. Leave it out."),
-    ("model", "quant_noise_scalar", sys.float_info.min, "every forward pass would count as an update, and probes would "
-     "set the scales. Leave it out, or use --quant-noise-pq."),
+    ("common", "model_parallel_size", 1, f"{WHOLE}. Leave it out."),
+    ("model", "quant_noise_scalar", 0, "every forward pass would count as an update, and probes would set the "
+     "scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip
 REFUSED_PER_INSTANCE = {
     "checkpoint_activations": "it runs layers again in backward, where their output gradients are not recorded",
@@ -49,12 +48,16 @@ def refuse_unsupported(root: DictConfig) -> None:
             f"Criterion 'delta_sam' with optimizer {optimizer!r}: its gradient is computed for 'delta_sam'. "
             f"Use --optimizer delta_sam --base-optimizer {optimizer}."
         )
-    for section, option, value, reason in REFUSED:
+    for section, option, limit, reason in REFUSED:
         found = _value(root.get(section), option)
-        if found is not None and (found >= value if isinstance(value, int | float) else str(found) == value):
+        if isinstance(limit, str):
+            found = str(found)  # of an enumeration
+            refused = found == limit
+        else:
+            refused = (found or 0) > limit
+        if refused:
             flag = "--" + option.replace("_", "-")
-            shown = str(found) if isinstance(value, str) else found
-            raise ValueError(f"Invalid {option}={shown!r} ({flag}): {reason}")
+            raise ValueError(f"Invalid {option}={found!r} ({flag}): {reason}")
     if _value(root.get("optimizer"), "sam_perturbation") == "instance":
         for option, reason in REFUSED_PER_INSTANCE.items():
             if found := _value(root.get("model"), option):

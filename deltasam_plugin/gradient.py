@@ -10,7 +10,7 @@ every instance (``instance``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
@@ -163,16 +163,23 @@ def checked(objective: Objective) -> Objective:
     return objective
 
 
-def leaves_of(value: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass from `value` accumulates gradients in."""
-    leaves: list[Tensor] = []
+def nodes_of(value: Tensor, known: Container[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph that `value` was computed by, each once, as far as they are wanted.
+
+    Args:
+        value: a tensor; one without a graph has no nodes.
+        known: nodes to stop at; neither they nor what lies behind them only are given.
+    """
     waiting, seen = [value.grad_fn], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node is None or node in seen or node in known:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
+        yield node
         waiting.extend(before for before, _ in node.next_functions)
-    return leaves
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from `value` accumulates gradients in."""
+    return [node.variable for node in nodes_of(value) if hasattr(node, "variable")]

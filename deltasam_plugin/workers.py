@@ -32,17 +32,13 @@ class Workers:
         """The first worker's seed, for all."""
         if self.group is None:
             return seed
-        seeds: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(seeds, seed, group=self.group)
-        return int(seeds[0])
+        return int(self._from_each(seed)[0])
 
     def total(self, count: int, scale: Tensor) -> int:
         """The number of samples of all workers; those of a worker whose loss is multiplied by zero do not count."""
         if self.group is None:
             return count
-        counts: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(counts, count if bool(scale != 0) else 0, group=self.group)
-        return sum(counts)
+        return sum(self._from_each(count if bool(scale != 0) else 0))
 
     def gathered(self, differences: Tensor, floor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, slice]:
         """What the probes of all workers measured, side by side.
@@ -58,8 +54,7 @@ class Workers:
         if self.group is None:
             return differences, floor, slice(None)
         mine = (differences.cpu(), floor.cpu()) if bool(scale != 0) else None
-        theirs: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(theirs, mine, group=self.group)
+        theirs = self._from_each(mine)
         rank = dist.get_rank(self.group)
         start = sum(part[0].size(1) for part in theirs[:rank] if part is not None)
         present = [part for part in theirs if part is not None]
@@ -67,6 +62,12 @@ class Workers:
             present, start = [*present, (differences.cpu(), floor.cpu())], sum(part[0].size(1) for part in present)
         joined = [torch.cat(parts, dim=1).to(differences.device) for parts in zip(*present, strict=True)]
         return joined[0], joined[1], slice(start, start + differences.size(1))
+
+    def _from_each(self, own: Any) -> list[Any]:
+        """What each worker gives, by rank."""
+        given: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(given, own, group=self.group)
+        return given
 
     def summed(self, gradients: list[Tensor | None], weights: Sequence[Weight]) -> list[Tensor | None]:
         """The sum of all workers' ascent gradients, in at least fp32; those of a worker on its own as they are."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltasam_plugin.gradient import nodes_of
 from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.interception import Interception, Target
 from deltasam_plugin.instance.ledger import Ledger
@@ -74,16 +75,12 @@ class Tape:
 
     def _follows(self, x: Tensor) -> bool:
         """Whether x was computed from the output of an earlier call; the graph is searched back to the next ones."""
-        waiting, seen = [x.grad_fn], set()
-        while waiting:
-            node = waiting.pop()
+        passed = []
+        for node in nodes_of(x, self._before):
             if node in self._outputs:
                 return True
-            if node is None or node in seen or node in self._before:
-                continue
-            seen.add(node)
-            waiting.extend(before for before, _ in node.next_functions)
-        self._before |= seen
+            passed.append(node)
+        self._before.update(passed)
         return False
 
     def _arrive(self, index: int, gradient: Tensor) -> None:

@@ -25,6 +25,8 @@ SENTENCES: list[object] = ["--task", "sentence_prediction", "--arch", "roberta",
 SENTENCES += ["--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64, "--encoder-attention-heads", 2]
 SENTENCES += ["--max-positions", 32, "--init-token", 0, "--separator-token", 2, "--dropout", 0.2]
 ADAM: list[object] = ["--adam-betas", "(0.9, 0.98)", "--clip-norm", 1.0]
+HALF: list[object] = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4]
+INSTANCE: list[object] = ["--sam-perturbation", "instance"]
 SMOOTHED = "label_smoothed_cross_entropy"
 
 
@@ -126,3 +128,15 @@ def assert_same_model(one: dict[str, Any], other: dict[str, Any]) -> None:
     for key, values in states[0].items():
         for name, value in values.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(states[1][key][name])), (key, name)
+
+
+def assert_batches_of_one_are_sam(train: Callable[..., dict[str, Any]]) -> None:
+    """With one sample in a batch its worst case is the batch's.
+
+    Args:
+        train: called with a name and further options; returns the last checkpoint of a run with batches of one.
+    """
+    sam = train("sam", "--sam-weighting", "uniform")
+    instance = train("instance", *INSTANCE)
+    plain = train("plain", "--sam-rho", 0)
+    assert 100 * distance(sam, instance) < distance(sam, plain)

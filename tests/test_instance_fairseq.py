@@ -266,8 +266,8 @@ def test_square_batches_with_duplicates_repeated_words_and_padding(name: str, pa
     tokens = torch.tensor(SQUARE[padding])
     masked = tokens.eq(4) | tokens.eq(7)
     losses: dict[str, Callable[[], Tensor]] = {
-        "language model": lambda: continued(model, torch.tensor(SQUARE["right"])),
-        "tied language model": lambda: continued(model, torch.tensor(SQUARE["right"])),
+        "language model": lambda: continued(model, tokens),
+        "tied language model": lambda: continued(model, tokens),
         "classification": lambda: classified(model, tokens),
         "masked language model": lambda: unmasked(model, tokens, masked),
     }

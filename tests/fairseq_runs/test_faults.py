@@ -7,7 +7,7 @@ from pathlib import Path
 import faulty
 import pytest
 import torch
-from runs import ADAM, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars, trained
+from runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars, trained
 
 OPTIONS = [*TRANSLATION, *ADAM, *delta(faulty.NAME), "--save-interval-updates", 1]
 
@@ -84,7 +84,7 @@ def test_nan_in_the_probes_gives_uniform_weights(translation_data: Path, tmp_pat
 
 MATRIX = {
     "fp32": [],
-    "fp16": ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4],
+    "fp16": HALF,
     "memory-efficient-fp16": ["--memory-efficient-fp16", "--fp16-init-scale", 4],
     "amp": ["--amp", "--fp16-init-scale", 4],
 }

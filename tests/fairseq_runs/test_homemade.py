@@ -6,9 +6,18 @@ from pathlib import Path
 
 import homemade
 import pytest
-from runs import ADAM, SMOOTHED, assert_same_model, base, delta, distance, fairseq_train, scalars
+from runs import (
+    ADAM,
+    HALF,
+    SMOOTHED,
+    assert_batches_of_one_are_sam,
+    assert_same_model,
+    base,
+    delta,
+    fairseq_train,
+    scalars,
+)
 
-INSTANCE = ["--sam-perturbation", "instance"]
 HOMEMADE = ["--task", "translation", "--arch", homemade.MODEL, "--dropout", 0.3]
 
 SIZES = [f"--{side}-{name}" for side in ("encoder", "decoder") for name in ("embed-dim", "ffn-embed-dim")]
@@ -35,13 +44,12 @@ def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path, options:
     """Whatever weights there are, the model's and the criterion's, are perturbed."""
     changed = delta(homemade.CRITERION if options is HOMEMADE else SMOOTHED, optimizer="sgd")
     options = [*options, *changed, "--batch-size", 1, "--lr", 0.02]
-    sam = fairseq_train(translation_data, tmp_path / "sam", *options, "--sam-weighting", "uniform", updates=3)
-    instance = fairseq_train(translation_data, tmp_path / "instance", *options, *INSTANCE, updates=3)
-    plain = fairseq_train(translation_data, tmp_path / "plain", *options, "--sam-rho", 0, updates=3)
-    assert 100 * distance(sam, instance) < distance(sam, plain)
+    assert_batches_of_one_are_sam(
+        lambda name, *own: fairseq_train(translation_data, tmp_path / name, *options, *own, updates=3)
+    )
 
 
 def test_a_part_of_the_model_at_a_time_in_half_precision_is_refused(translation_data: Path, tmp_path: Path) -> None:
     """Which fp32 copies belong to the part cannot be told."""
     with pytest.raises(RuntimeError, match=r"for a task that trains a part of the model at a time .* --amp instead"):
-        fairseq_train(translation_data, tmp_path, *MULTILINGUAL, *ADAM, *delta(), "--fp16", "--fp16-no-flatten-grads")
+        fairseq_train(translation_data, tmp_path, *MULTILINGUAL, *ADAM, *delta(), *HALF)

@@ -8,13 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from corpora import corpus, small
-from runs import ADAM, SENTENCES, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars
+from runs import (
+    ADAM,
+    HALF,
+    INSTANCE,
+    SENTENCES,
+    TRANSLATION,
+    assert_batches_of_one_are_sam,
+    assert_same_model,
+    base,
+    delta,
+    distance,
+    fairseq_train,
+    scalars,
+)
 from torch import nn
 from torch.nn import functional as F
 
 from deltasam_plugin import DeltaSAM
 
-INSTANCE = ["--sam-perturbation", "instance"]
 SGD = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02]
 
 
@@ -24,14 +36,11 @@ BART: list[object] = ["--task", "translation", "--arch", "bart_base", *small("en
 @pytest.mark.parametrize("model", [TRANSLATION, BART], ids=["transformer", "bart"])
 @pytest.mark.parametrize("clip", [0, 0.1])
 def test_batches_of_one_are_sam(tmp_path_factory, tmp_path: Path, model: list[object], clip: float) -> None:
-    """With one sample in a batch its worst case is the batch's: SAM, up to rounding, dropout and clipping included."""
-    translation_data = corpus("aligned", tmp_path_factory.getbasetemp())
+    """SAM, up to rounding, dropout and clipping included."""
+    data = corpus("aligned", tmp_path_factory.getbasetemp())
     options = [*model, "--batch-size", 1, "--update-freq", 4, "--label-smoothing", 0.1, *delta(), *SGD]
     options += ["--clip-norm", clip, "--lr", 0.5 if clip else 0.02, "--disable-validation"]
-    sam = fairseq_train(translation_data, tmp_path / "sam", *options, "--sam-weighting", "uniform")
-    instance = fairseq_train(translation_data, tmp_path / "instance", *options, *INSTANCE)
-    plain = fairseq_train(translation_data, tmp_path / "plain", *options, "--sam-rho", 0)
-    assert 100 * distance(sam, instance) < distance(sam, plain)
+    assert_batches_of_one_are_sam(lambda name, *own: fairseq_train(data, tmp_path / name, *options, *own))
 
 
 def test_batch_is_the_sum_of_its_samples(translation_data: Path, tmp_path: Path) -> None:
@@ -50,8 +59,7 @@ def test_batch_is_the_sum_of_its_samples(translation_data: Path, tmp_path: Path)
 
 def test_half_precision_is_close_to_single_precision(translation_data: Path, tmp_path: Path) -> None:
     options = [*TRANSLATION, "--dropout", 0, "--label-smoothing", 0.1, *delta(), *SGD, *INSTANCE]
-    half = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4]
-    changed = {"half": half, "plain": [*half, "--sam-rho", 0], "sam": [*half, "--sam-perturbation", "batch"]}
+    changed = {"half": HALF, "plain": [*HALF, "--sam-rho", 0], "sam": [*HALF, "--sam-perturbation", "batch"]}
     single = fairseq_train(translation_data, tmp_path / "single", *options, updates=3)
     runs = {
         name: fairseq_train(translation_data, tmp_path / name, *options, *own, updates=3)
@@ -61,11 +69,7 @@ def test_half_precision_is_close_to_single_precision(translation_data: Path, tmp
     assert distance(single, runs["half"]) < 0.5 * distance(runs["half"], runs["plain"])
 
 
-@pytest.mark.parametrize(
-    "precision",
-    [[], ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4], ["--amp"]],
-    ids=["fp32", "fp16", "amp"],
-)
+@pytest.mark.parametrize("precision", [[], HALF, ["--amp"]], ids=["fp32", "fp16", "amp"])
 def test_resumed_run_is_the_uninterrupted_one(translation_data: Path, tmp_path: Path, precision: list) -> None:
     options = [*TRANSLATION, *ADAM, *delta(), *INSTANCE, "--update-freq", 2, "--save-interval-updates", 1, *precision]
     options += ["--encoder-layerdrop", 0.2, "--decoder-layerdrop", 0.2]
@@ -95,27 +99,21 @@ def test_sentences(sentence_data: dict[str, Path], tmp_path: Path) -> None:
 
 
 AGAIN = "it runs layers again in backward, where their output gradients are not recorded"
+CHECKPOINTED = "checkpoint_activations=True (--checkpoint-activations)"  # offloading implies it
+REFUSED: list[tuple[list[object], str, str]] = [
+    (["--checkpoint-activations"], CHECKPOINTED, AGAIN),
+    (["--offload-activations"], CHECKPOINTED, AGAIN),
+    (["--quant-noise-pq", 0.1], "quant_noise_pq=0.1 (--quant-noise-pq)", "the forward pass rewrites the weights"),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ["--checkpoint-activations"],
-            f"Invalid checkpoint_activations=True (--checkpoint-activations){{}}: {AGAIN}. ",
-        ),
-        (["--offload-activations"], f"Invalid checkpoint_activations=True (--checkpoint-activations){{}}: {AGAIN}. "),
-        (
-            ["--quant-noise-pq", 0.1],
-            "Invalid quant_noise_pq=0.1 (--quant-noise-pq){}: the forward pass rewrites the weights. ",
-        ),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
+@pytest.mark.parametrize(("options", "shown", "reason"), REFUSED)
 def test_what_cannot_be_perturbed_by_instance_is_refused(
-    translation_data: Path, tmp_path: Path, options: list[object], message: str
+    translation_data: Path, tmp_path: Path, options: list[object], shown: str, reason: str
 ) -> None:
-    message = message.format(" with --sam-perturbation instance") + "Leave it out, or use --sam-perturbation batch."
+    message = (
+        f"Invalid {shown} with --sam-perturbation instance: {reason}. Leave it out, or use --sam-perturbation batch."
+    )
     with pytest.raises(ValueError, match=re.escape(message)):
         fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta(), *INSTANCE, *options)
 

@@ -13,6 +13,7 @@ import torch
 from fairseq.logging.meters import AverageMeter
 from runs import (
     ADAM,
+    HALF,
     SENTENCES,
     SMOOTHED,
     TRANSLATION,
@@ -180,7 +181,7 @@ def test_checkpoint_needs_no_plugin(translation_data: Path, tmp_path: Path) -> N
 
 def test_half_precision(translation_data: Path, tmp_path: Path) -> None:
     """--fp16: the weights move by ρ although their own spacing is wider than the perturbation."""
-    options = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4, "--tensorboard-logdir", tmp_path / "logs"]
+    options = [*HALF, "--tensorboard-logdir", tmp_path / "logs"]
     fairseq_train(translation_data, tmp_path, *TRANSLATION, *ADAM, *options, *delta(), updates=4)
     moved = scalars(tmp_path / "logs", "sam_eps_norm")["sam_eps_norm"]
     assert moved == pytest.approx([0.05] * 4, rel=0.2)

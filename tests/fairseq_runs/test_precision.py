@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ADAM, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars, trained
+from runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars, trained
 
 from deltasam_plugin.batch import BatchPerturbation
 from deltasam_plugin.fairseq_optimizer import pair_masters
@@ -15,7 +15,6 @@ from deltasam_plugin.gradient import Objective, sharpness_aware_loss
 from deltasam_plugin.perturbation import Weight, ascended
 from deltasam_plugin.settings import Settings
 
-HALF = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4]
 FIVE_MILLION = ["--encoder-layers", 3, "--decoder-layers", 3, "--encoder-attention-heads", 4]
 FIVE_MILLION += ["--encoder-embed-dim", 256, "--decoder-embed-dim", 256, "--decoder-attention-heads", 4]
 FIVE_MILLION += ["--encoder-ffn-embed-dim", 1024, "--decoder-ffn-embed-dim", 1024]

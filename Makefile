@@ -44,7 +44,7 @@ test-all: $(INSTALLED)
 
 test-compat:
 	for version in 3.10 3.12; do \
-		if command -v "$$(tests/interpreter.sh $$version)" > /dev/null; then $(MAKE) compat-$$version || exit; \
+		if command -v "$$(tests/helpers/interpreter.sh $$version)" > /dev/null; then $(MAKE) compat-$$version || exit; \
 		else echo "No Python $$version here: not tested."; fi; \
 	done
 
@@ -57,7 +57,7 @@ compat-3.10 compat-3.12: compat-%:
 .venv-3.10/.installed: CONSTRAINTS := constraints-oldest.txt
 .venv-3.12/.installed: CONSTRAINTS := constraints.txt
 .venv-3.10/.installed .venv-3.12/.installed: .venv-%/.installed: setup.py constraints.txt constraints-oldest.txt
-	$$(tests/interpreter.sh $*) -m venv .venv-$*
+	$$(tests/helpers/interpreter.sh $*) -m venv .venv-$*
 	.venv-$*/bin/python $(PIP_INSTALL) 'pip<24.1'
 	.venv-$*/bin/python $(PIP_INSTALL) -c $(CONSTRAINTS) -e '.[fairseq,test]'
 	touch $@

@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's checkpoints)
-from deltasam_plugin.fairseq_config import NAME
-from deltasam_plugin.fairseq_criterion import OPTIONS
-from deltasam_plugin.per_sample import adaptor_of, objective_of, recorded_outputs
-from deltasam_plugin.perturbation import Weight, displace, global_norm, restored
-from deltasam_plugin.probing import draw_direction
-from deltasam_plugin.weighting import curvature_weights, effective_sample_size, rounding_floor
+from deltasam_plugin.batch.displacement import PerturbedParameter, displace, global_norm, restored
+from deltasam_plugin.batch.probing import draw_direction
+from deltasam_plugin.batch.weighting import curvature_weights, effective_sample_size, rounding_floor
+from deltasam_plugin.fairseq.config import NAME
+from deltasam_plugin.fairseq.criterion import OPTIONS
+from deltasam_plugin.fairseq.criterions.registry import objective_of, per_sample_losses_of, recorded_outputs
 
 
 class InDouble(TorchFunctionMode):
@@ -75,11 +75,11 @@ def main() -> None:
     def losses_of(network: torch.nn.Module) -> Tensor:
         with recorded_outputs(network) as outputs, InDouble() if network is double else nullcontext():
             loss, _, _ = criterion(network, sample)
-            objective = objective_of(loss, adaptor_of(name)(criterion, network, sample, *outputs))
+            objective = objective_of(loss, per_sample_losses_of(name)(criterion, network, sample, *outputs))
         return objective.losses.detach().double()
 
     single, double = model, copy.deepcopy(model).double()
-    weights = {network: [Weight(p) for p in network.parameters()] for network in (single, double)}
+    weights = {network: [PerturbedParameter(p) for p in network.parameters()] for network in (single, double)}
     norm = global_norm(p for p in double.parameters())
     count = sum(p.numel() for p in double.parameters())
     eps = torch.finfo(torch.float32).eps

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from deltasam_plugin.batch import BatchPerturbation
-from deltasam_plugin.gradient import Objective, Perturbation, Statistics, sharpness_aware_loss
-from deltasam_plugin.instance import InstanceAscent, InstancePerturbation
-from deltasam_plugin.perturbation import Weight
+from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
+from deltasam_plugin.loss import Objective, Perturbation, Statistics, sharpness_aware_loss
 from deltasam_plugin.settings import Settings
 
 STEP = "delta_sam_step"
@@ -67,7 +67,7 @@ class DeltaSAM(Optimizer):
             raise ValueError("Invalid base_optimizer LBFGS: it evaluates the loss itself. Use one that takes one step.")
         self.base_optimizer = base_optimizer(params, **base_options)
         self.statistics: Statistics | None = None
-        self._engine: InstancePerturbation | None = None
+        self._engine: InstanceEngine | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings}, {self.base_optimizer!r})"
@@ -163,8 +163,10 @@ class DeltaSAM(Optimizer):
 
     def _perturbation(self, parameters: list[nn.Parameter], step: int) -> Perturbation:
         if self.settings.perturbation == "batch" or self.settings.rho == 0:
-            return BatchPerturbation([Weight(parameter) for parameter in parameters], None, self.settings, step)
+            return BatchPerturbation(
+                [PerturbedParameter(parameter) for parameter in parameters], None, self.settings, step
+            )
         if self._engine is None or [id(p) for p in self._engine.parameters] != [id(p) for p in parameters]:
             names = [f"parameter {index}" for index in range(len(parameters))]
-            self._engine = InstancePerturbation(zip(names, parameters, strict=True), self.settings.rho)
-        return InstanceAscent(self._engine)
+            self._engine = InstanceEngine(zip(names, parameters, strict=True), self.settings.rho)
+        return InstancePerturbation(self._engine)

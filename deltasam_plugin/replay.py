@@ -88,26 +88,6 @@ def frozen_statistics() -> Iterator[None]:
             buffer.copy_(value)
 
 
-@contextmanager
-def observed_autocast(kinds: set[str]) -> Iterator[set[torch.dtype]]:
-    """The types that modules within this context compute in by autocast, whether it was entered outside or inside.
-
-    Args:
-        kinds: device types, e.g. ``cpu``.
-    """
-    seen: set[torch.dtype] = set()
-
-    def look(module: nn.Module, inputs: Any) -> None:
-        seen.update(torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind))
-
-    handle = nn.modules.module.register_module_forward_pre_hook(look)
-    try:
-        look(nn.Module(), ())
-        yield seen
-    finally:
-        handle.remove()
-
-
 class UnseededGenerators:
     """The generators that a forward pass makes with ``numpy.random.default_rng()``, that is, without a seed.
 

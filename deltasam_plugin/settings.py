@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from deltasam_plugin.weighting import WEIGHTINGS
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 
 PERTURBATIONS = ("batch", "instance")
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from fairseq_cli import preprocess
 from hypothesis import settings
-from runs import run, write_labels, write_translation
+
+from tests.helpers.runs import run, write_labels, write_translation
 
 torch.set_num_threads(1)  # small models: a second thread costs more than it does, and far more on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from examples.translation import evaluate, prepare
 from examples.translation.corpus import Page, Pair, line_pairs, sentences

@@ -6,10 +6,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from deltasam_plugin.fairseq_criterion import DeltaSAMCriterionConfig
-from deltasam_plugin.fairseq_optimizer import DeltaSAMOptimizerConfig
-from deltasam_plugin.gradient import Statistics
-from deltasam_plugin.per_sample import ADAPTORS
+from deltasam_plugin.fairseq.criterion import DeltaSAMCriterionConfig
+from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES
+from deltasam_plugin.fairseq.optimizer import DeltaSAMOptimizerConfig
+from deltasam_plugin.loss import Statistics
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -19,7 +19,9 @@ def test_criterions() -> None:
     assert listed is not None
     base = "label_smoothed_cross_entropy"
     names = {base + n if n.startswith("_") else n for n in re.findall(r"`(\w+)`", listed[1])}
-    assert names == {name for name, adaptor in ADAPTORS.items() if adaptor.__module__.startswith("deltasam_plugin.")}
+    assert names == {
+        name for name, adaptor in PER_SAMPLE_LOSSES.items() if adaptor.__module__.startswith("deltasam_plugin.")
+    }
 
 
 def test_options_and_their_defaults() -> None:

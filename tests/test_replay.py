@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltasam_plugin.replay import Conditions, RandomState, frozen_statistics, observed_autocast
+from deltasam_plugin.replay import Conditions, RandomState, frozen_statistics
 
 CPU = {torch.device("cpu")}
 
@@ -155,25 +155,6 @@ def test_a_replay_inside_the_same_autocast_context_sees_changed_weights():
         assert F.linear(inputs, weight).sum() == 0  # as this shows
         with conditions.replayed():
             assert F.linear(inputs, weight).sum() == 4
-
-
-def test_autocast_is_observed_whether_entered_outside_or_inside():
-    layer, inputs, installed = nn.Linear(3, 3), torch.ones(2, 3), hooks()
-    with observed_autocast({"cpu"}) as seen:
-        layer(inputs)
-    assert seen == set()
-    with observed_autocast({"cpu"}) as seen, torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(inputs)
-    assert seen == {torch.bfloat16}
-    with torch.autocast("cpu", dtype=torch.float16), observed_autocast({"cpu"}) as seen:
-        pass
-    assert seen == {torch.float16}
-    with contextlib.suppress(MemoryError), observed_autocast({"cpu"}) as seen:
-        raise MemoryError
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(inputs)
-    assert seen == set()  # nothing is observed afterwards
-    assert hooks() == installed
 
 
 # --- batch-norm statistics

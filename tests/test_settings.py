@@ -5,8 +5,8 @@ import math
 import pytest
 
 from deltasam_plugin import Settings
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.settings import PERTURBATIONS
-from deltasam_plugin.weighting import WEIGHTINGS
 
 
 @pytest.mark.parametrize("rho", [-0.1, -1e-300, math.nan, math.inf, -math.inf, "0.05", None])

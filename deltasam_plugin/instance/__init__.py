@@ -1,8 +1,8 @@
 """Exact per-instance perturbation at the price of SAM: every sample at its own worst-case weights, in two passes."""
 
-from deltasam_plugin.instance.ascent import InstanceAscent
-from deltasam_plugin.instance.engine import InstancePerturbation
-from deltasam_plugin.instance.ledger import Correction
-from deltasam_plugin.instance.tape import Tape
+from deltasam_plugin.instance.engine import InstanceEngine
+from deltasam_plugin.instance.gradients import PerSamplePerturbation
+from deltasam_plugin.instance.perturbation import InstancePerturbation
+from deltasam_plugin.instance.recording import Tape
 
-__all__ = ["Correction", "InstanceAscent", "InstancePerturbation", "Tape"]
+__all__ = ["InstanceEngine", "InstancePerturbation", "PerSamplePerturbation", "Tape"]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltasam_plugin.instance.algebra import wide
-from deltasam_plugin.instance.interception import Target
-from deltasam_plugin.instance.operation import Site
+from deltasam_plugin.instance.interception import ParameterSlice
+from deltasam_plugin.instance.layers.base import RecordedCall
+from deltasam_plugin.precision import at_least_float32
 
 TOLERATED = 0.01  # share of the weights that may stay unperturbed
 ATTEMPTS = 3  # batches after which a gradient that is always zero counts as verified
@@ -34,7 +34,7 @@ class Coverage:
         self._attempts: dict[str, int] = {}
         self._warned = 0
 
-    def covers(self, target: Target) -> bool:
+    def covers(self, target: ParameterSlice) -> bool:
         """Whether the parameter is perturbed."""
         return target.name not in self._uncovered
 
@@ -69,7 +69,7 @@ class Coverage:
         """Parameters whose coverage is yet to be checked."""
         return sorted(self._parameters.keys() - self._verified - self._uncovered.keys())
 
-    def verify(self, true: Mapping[str, Tensor | None], arrived: Sequence[tuple[Site, Tensor]]) -> None:
+    def verify(self, true: Mapping[str, Tensor | None], arrived: Sequence[tuple[RecordedCall, Tensor]]) -> None:
         """Compare weight gradients made from recorded rows with autograd's own.
 
         Args:
@@ -79,12 +79,12 @@ class Coverage:
         Raises:
             RuntimeError: as :meth:`exclude`.
         """
-        found = {name: torch.zeros_like(wide(g)) for name, g in true.items() if g is not None}
+        found = {name: torch.zeros_like(at_least_float32(g)) for name, g in true.items() if g is not None}
         for site, gradient in arrived:
             for target, dense in site.operation.dense(site, gradient).items():
                 if target.name in found:
                     found[target.name][target.start : target.stop] += dense
-        squares = [wide(g).square().sum() for g in true.values() if g is not None]
+        squares = [at_least_float32(g).square().sum() for g in true.values() if g is not None]
         whole = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         coarsest = max((torch.finfo(gradient.dtype).eps for _, gradient in arrived), default=0.0)
         missed = {}
@@ -92,10 +92,10 @@ class Coverage:
             self._attempts[name] = self._attempts.get(name, 0) + 1
             if own is None:
                 continue
-            norm = float(wide(own).norm())
+            norm = float(at_least_float32(own).norm())
             # Some gradients are zero in exact arithmetic (a key's bias): hold rounding against the whole gradient.
             allowed = coarsest**0.5 * max(norm, 0.1 * whole)
-            if not float((found[name] - wide(own)).norm()) <= allowed:
+            if not float((found[name] - at_least_float32(own)).norm()) <= allowed:
                 missed[name] = "used outside the covered layers"
             elif norm > 0 or self._attempts[name] >= ATTEMPTS:
                 self._verified.add(name)
@@ -103,7 +103,7 @@ class Coverage:
             self.exclude(missed)
 
 
-def mixed_samples(site: Site) -> str:
+def mixed_samples(site: RecordedCall) -> str:
     """The message for rows that several samples' losses depend on."""
     return (
         f"Per-instance perturbation: several samples' losses depend on the same rows of {_place(site)}. Each row must "
@@ -112,7 +112,7 @@ def mixed_samples(site: Site) -> str:
     )
 
 
-def no_layout(site: Site, batch: int) -> str:
+def no_layout(site: RecordedCall, batch: int) -> str:
     """The message for rows whose order is none of the known ones."""
     return (
         f"Per-instance perturbation: {_place(site)} has rows of leading sizes {site.lead} for {batch} samples in no "
@@ -121,7 +121,7 @@ def no_layout(site: Site, batch: int) -> str:
     )
 
 
-def not_a_replay(site: Site | None, key: tuple[Any, ...] | None = None, lead: tuple[int, ...] = ()) -> str:
+def not_a_replay(site: RecordedCall | None, key: tuple[Any, ...] | None = None, lead: tuple[int, ...] = ()) -> str:
     """The message for a second pass that is not the first one's repetition."""
     expected = "no further call" if site is None else f"{_place(site)} with leading sizes {site.lead}"
     found = "ends" if key is None else f"calls {_name(key)} with leading sizes {lead}"
@@ -132,7 +132,7 @@ def not_a_replay(site: Site | None, key: tuple[Any, ...] | None = None, lead: tu
     )
 
 
-def _place(site: Site) -> str:
+def _place(site: RecordedCall) -> str:
     return _name(site.key)
 
 

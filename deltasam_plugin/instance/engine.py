@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.gradient import leaves_of
-from deltasam_plugin.instance.algebra import forming_is_cheaper
 from deltasam_plugin.instance.coverage import Coverage, not_a_replay
-from deltasam_plugin.instance.interception import Interception, Target
-from deltasam_plugin.instance.ledger import Correction, Ledger
-from deltasam_plugin.instance.operation import Site
-from deltasam_plugin.instance.operations import OPERATIONS
+from deltasam_plugin.instance.factored import forming_is_cheaper
+from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.interception import Interception, ParameterSlice
+from deltasam_plugin.instance.layers import LAYERS
+from deltasam_plugin.instance.layers.base import RecordedCall
 from deltasam_plugin.instance.ownership import Ownership
-from deltasam_plugin.instance.tape import Inputs, Tape
+from deltasam_plugin.instance.recording import Inputs, Tape
+from deltasam_plugin.loss import leaves_of
 
 
-class InstancePerturbation:
+class InstanceEngine:
     r"""Exact per-instance perturbation: :math:`G^* = \sum_i \nabla\ell_i(w + \rho\, g_i / \|g_i\|)`.
 
     The perturbation of instance i is a multiple of its own gradient, of rank at most T in a layer that is applied to T
@@ -37,7 +37,7 @@ class InstancePerturbation:
         rho: radius, L2 norm in parameter space.
 
     Example:
-        >>> engine = InstancePerturbation(model, rho=0.05)
+        >>> engine = InstanceEngine(model, rho=0.05)
         >>> with engine.recording() as tape:
         ...     losses = F.cross_entropy(model(x), y, reduction="none")
         >>> correction = engine.solve(tape, losses)
@@ -74,7 +74,7 @@ class InstancePerturbation:
             yield tape
         tape.end()
 
-    def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0) -> Correction:
+    def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0) -> PerSamplePerturbation:
         r"""Find every instance's perturbation in one backward pass, which reaches no weight and no ``.grad``.
 
         Args:
@@ -107,13 +107,13 @@ class InstancePerturbation:
             self._plan(tape)
             self._backward(tape, losses, seed.expand_as(losses), retain_graph=False)
             correction = tape.ledger.settle(losses.detach(), self.rho)
-        correction.sites, tape.sites, tape.ledger = tape.sites, [], Ledger()
+        correction.sites, tape.sites, tape.ledger = tape.sites, [], PerSampleGradients()
         for site in correction.sites:
             site.x = None
         return correction
 
     @contextmanager
-    def perturbed(self, correction: Correction) -> Iterator[None]:
+    def perturbed(self, correction: PerSamplePerturbation) -> Iterator[None]:
         """Each instance sees its own perturbed weights in the forward pass that runs within.
 
         Raises:
@@ -123,7 +123,7 @@ class InstancePerturbation:
         uses: Counter[tuple[Any, ...]] = Counter()
 
         def visit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            operation = OPERATIONS[func]
+            operation = LAYERS[func]
             call = operation.read(*args, **kwargs)
             if call is None or not torch.is_grad_enabled():
                 return NotImplemented
@@ -144,7 +144,7 @@ class InstancePerturbation:
                 correction.release()
             return operation.finish(call, y)
 
-        interception = Interception(self._parameters, OPERATIONS, visit)
+        interception = Interception(self._parameters, LAYERS, visit)
         try:
             with interception:
                 yield
@@ -189,7 +189,7 @@ class InstancePerturbation:
 
     def _plan(self, tape: Tape) -> None:
         """Decide for every matrix in which form its gradients are kept."""
-        uses: defaultdict[Target, list[Site]] = defaultdict(list)
+        uses: defaultdict[ParameterSlice, list[RecordedCall]] = defaultdict(list)
         for site in tape.sites:
             for role in ("weight", "bias"):
                 target = getattr(site, role)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-class Target(NamedTuple):
+class ParameterSlice(NamedTuple):
     """Rows start:stop of a named parameter's first dimension: all of it, or a part as in packed projections."""
 
     name: str
@@ -67,11 +67,11 @@ class Interception(TorchFunctionMode):
         self._visited = frozenset(visited)
         self._visit = visit
         # The tensor is kept beside its parts: an id is only good as long as its object lives.
-        self._known: dict[int, tuple[Tensor, tuple[Target, ...]]] = {
-            id(p): (p, (Target(name, 0, p.shape[0] if p.dim() else 1),)) for name, p in parameters.items()
+        self._known: dict[int, tuple[Tensor, tuple[ParameterSlice, ...]]] = {
+            id(p): (p, (ParameterSlice(name, 0, p.shape[0] if p.dim() else 1),)) for name, p in parameters.items()
         }
 
-    def target(self, tensor: Tensor | None) -> Target | None:
+    def target(self, tensor: Tensor | None) -> ParameterSlice | None:
         """The parameter, or the part of one, that this tensor is; None if it is none."""
         known = self._known.get(id(tensor))
         return known[1][0] if known is not None and len(known[1]) == 1 else None
@@ -93,7 +93,7 @@ class Interception(TorchFunctionMode):
         self._follow(func, args, kwargs, result)
         return result
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Target, ...]]:
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[ParameterSlice, ...]]:
         known, found = self._known, []
         for argument in (*args, *kwargs.values()) if kwargs else args:
             if id(argument) in known:
@@ -102,7 +102,7 @@ class Interception(TorchFunctionMode):
                 found += [known[id(item)][1] for item in argument if id(item) in known]
         return found
 
-    def _report(self, func: Callable[..., Any], found: list[tuple[Target, ...]]) -> None:
+    def _report(self, func: Callable[..., Any], found: list[tuple[ParameterSlice, ...]]) -> None:
         name = getattr(func, "__name__", str(func))
         for target in (target for targets in found for target in targets):
             self.foreign.setdefault(target.name, f"used by {name}()")
@@ -124,17 +124,17 @@ class Interception(TorchFunctionMode):
         elif func is Tensor.__setitem__ or any(output.requires_grad for output in outputs):
             self._report(func, found)
 
-    def _learn(self, tensor: Tensor, targets: tuple[Target, ...]) -> None:
+    def _learn(self, tensor: Tensor, targets: tuple[ParameterSlice, ...]) -> None:
         self._known[id(tensor)] = (tensor, targets)
 
-    def _learn_parts(self, targets: tuple[Target, ...], parts: list[Tensor]) -> None:
+    def _learn_parts(self, targets: tuple[ParameterSlice, ...], parts: list[Tensor]) -> None:
         begin = 0
         for part in parts:
             end, offset, inside = begin + part.shape[0], 0, []
             for name, start, stop in targets:
                 low, high = max(begin - offset, 0), min(end - offset, stop - start)
                 if low < high:
-                    inside.append(Target(name, start + low, start + high))
+                    inside.append(ParameterSlice(name, start + low, start + high))
                 offset += stop - start
             self._learn(part, tuple(inside))
             begin = end

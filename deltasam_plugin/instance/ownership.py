@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.instance.coverage import mixed_samples, no_layout
+from deltasam_plugin.instance.layers.base import RecordedCall
 from deltasam_plugin.instance.layout import NOBODY, SEVERAL, Grouping, Layout, agreed, conceivable, consistent
-from deltasam_plugin.instance.operation import Site
 
 Probe = Callable[[Tensor], dict[int, Tensor]]  # which losses count (B,), bool, to output gradients by site
 
@@ -22,7 +22,7 @@ class Ownership:
     def __init__(self) -> None:
         self._layouts: dict[tuple[Any, ...], list[Layout]] = {}
 
-    def settle(self, sites: Sequence[Site], batch: int, rows: Sequence[Tensor], probe: Probe) -> None:
+    def settle(self, sites: Sequence[RecordedCall], batch: int, rows: Sequence[Tensor], probe: Probe) -> None:
         """Give every site its grouping for this batch; where sizes leave it open, let gradients tell.
 
         Args:
@@ -50,7 +50,7 @@ class Ownership:
             site.grouping = fitting[0][1]  # where they differ, it is on rows without gradient
 
     @staticmethod
-    def _owners(sites: Sequence[Site], unknown: Sequence[int], batch: int, probe: Probe) -> dict[int, Tensor]:
+    def _owners(sites: Sequence[RecordedCall], unknown: Sequence[int], batch: int, probe: Probe) -> dict[int, Tensor]:
         """The sample whose loss has a gradient in each row, (N,).
 
         One backward pass for each binary digit of the sample's index, from the losses that have it set, and one from
@@ -69,20 +69,20 @@ class Ownership:
                 owner[one & zero] = SEVERAL
         return owners
 
-    def _groupings(self, site: Site, batch: int, rows: Sequence[Tensor]) -> Iterator[tuple[Layout, Grouping]]:
+    def _groupings(self, site: RecordedCall, batch: int, rows: Sequence[Tensor]) -> Iterator[tuple[Layout, Grouping]]:
         for layout in self._layouts.get(site.key, conceivable(len(site.lead), len(rows))):
             grouping = layout.bind(site.lead, batch, rows)
             if grouping is not None:
                 yield layout, grouping
 
-    def _bind(self, site: Site, batch: int, rows: Sequence[Tensor]) -> bool:
+    def _bind(self, site: RecordedCall, batch: int, rows: Sequence[Tensor]) -> bool:
         site.grouping = agreed([grouping for _, grouping in self._groupings(site, batch, rows)])
         if site.key not in self._layouts and batch > 1:
             site.grouping = None  # sizes alone prove nothing
         return site.grouping is not None
 
 
-def _touched(site: Site, gradient: Tensor | None) -> Tensor:
+def _touched(site: RecordedCall, gradient: Tensor | None) -> Tensor:
     rows = math.prod(site.lead)
     if gradient is None:
         return torch.zeros(rows, dtype=torch.bool)

@@ -14,15 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpora import RECIPES, corpus
 from fairseq.models.hubert import HubertModel
 from fairseq.models.wav2vec import Wav2Vec2Model
 from fairseq.trainer import Trainer
-from runs import ADAM, INSTANCE, assert_batches_of_one_are_sam, assert_same_model, base, delta, distance, fairseq_train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_invariants import logged
 
-from deltasam_plugin.gradient import Statistics
+from deltasam_plugin.loss import Statistics
+from tests.fairseq_runs.test_invariants import logged
+from tests.helpers.corpora import RECIPES, corpus
+from tests.helpers.runs import (
+    ADAM,
+    INSTANCE,
+    assert_batches_of_one_are_sam,
+    assert_same_model,
+    base,
+    delta,
+    distance,
+    fairseq_train,
+)
 
 UNSEEDED = np.random.default_rng
 SCALARS = {f"sam_{item.name}" for item in fields(Statistics)}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from runs import ADAM, TRANSLATION, base, delta, fairseq_train
 
-from deltasam_plugin.fairseq_refusals import refuse_unsupported
-from deltasam_plugin.per_sample import ADAPTORS, per_sample_losses
+from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, per_sample_losses
+from deltasam_plugin.fairseq.refusals import refuse_unsupported
+from tests.helpers.runs import ADAM, TRANSLATION, base, delta, fairseq_train
 
 SMOOTHED = "label_smoothed_cross_entropy"
 ERRORS: dict[str, tuple[list[object], str]] = {
@@ -120,15 +120,16 @@ def test_adaptor_that_does_not_sum_to_the_loss(
     translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A mean instead of a sum, the likely mistake, is found at the first batch."""
-    right = ADAPTORS["cross_entropy"]
-    monkeypatch.setitem(ADAPTORS, "cross_entropy", lambda *arguments: right(*arguments) / 7)
+    right = PER_SAMPLE_LOSSES["cross_entropy"]
+    monkeypatch.setitem(PER_SAMPLE_LOSSES, "cross_entropy", lambda *arguments: right(*arguments) / 7)
     with pytest.raises(RuntimeError, match="The adaptor of criterion 'cross_entropy' gives per-sample losses that sum"):
         fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
 
 
 def test_adaptor_for_a_criterion_that_has_one() -> None:
     with pytest.raises(
-        ValueError, match=r"Criterion 'cross_entropy' has an adaptor already, in deltasam_plugin\.adaptors\.tokens\."
+        ValueError,
+        match=r"Criterion 'cross_entropy' has .* already, in deltasam_plugin\.fairseq\.criterions\.tokens\.",
     ):
         per_sample_losses("cross_entropy")(lambda *arguments: None)
 

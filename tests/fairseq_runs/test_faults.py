@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import faulty
 import pytest
 import torch
-from runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars, trained
+
+from tests.helpers import faulty
+from tests.helpers.runs import (
+    ADAM,
+    HALF,
+    TRANSLATION,
+    assert_same_model,
+    base,
+    delta,
+    distance,
+    fairseq_train,
+    scalars,
+    trained,
+)
 
 OPTIONS = [*TRANSLATION, *ADAM, *delta(faulty.NAME), "--save-interval-updates", 1]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import homemade
 import pytest
-from runs import (
+
+from tests.helpers import homemade
+from tests.helpers.runs import (
     ADAM,
     HALF,
     SMOOTHED,

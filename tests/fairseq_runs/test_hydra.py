@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
-from runs import USER_DIR, distance
-from test_criterions import ADAPTOR, CRITERION, user_directory
+
+from tests.fairseq_runs.test_criterions import ADAPTOR, CRITERION, user_directory
+from tests.helpers.runs import USER_DIR, distance
 
 EXAMPLE = USER_DIR.parent / "examples" / "hydra"
 

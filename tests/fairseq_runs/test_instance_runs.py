@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import corpus, small
-from runs import (
+from torch import nn
+from torch.nn import functional as F
+
+from deltasam_plugin import DeltaSAM
+from tests.helpers.corpora import corpus, small
+from tests.helpers.runs import (
     ADAM,
     HALF,
     INSTANCE,
@@ -22,10 +26,6 @@ from runs import (
     fairseq_train,
     scalars,
 )
-from torch import nn
-from torch.nn import functional as F
-
-from deltasam_plugin import DeltaSAM
 
 SGD = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02]
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from fairseq.logging.meters import AverageMeter
-from runs import (
+
+from tests.helpers.runs import (
     ADAM,
     HALF,
     SENTENCES,

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ADAM, TRANSLATION, USER_DIR, assert_same_model, delta, fairseq_train
+
+from tests.helpers.runs import ADAM, TRANSLATION, USER_DIR, assert_same_model, delta, fairseq_train
 
 KILLS = 20
 

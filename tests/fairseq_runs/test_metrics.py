@@ -9,9 +9,9 @@ import pytest
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.logging import metrics
-from runs import ADAM, TRANSLATION, delta, fairseq_train, scalars
 
-from deltasam_plugin.fairseq_criterion import sharpness_aware
+from deltasam_plugin.fairseq.criterion import sharpness_aware
+from tests.helpers.runs import ADAM, TRANSLATION, delta, fairseq_train, scalars
 
 SCALARS = [f"sam_{name}" for name in ("sharpness", "ess", "weight_max", "ascent_gnorm", "eps_norm", "skipped")]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars, trained
 
-from deltasam_plugin.batch import BatchPerturbation
-from deltasam_plugin.fairseq_optimizer import pair_masters
-from deltasam_plugin.gradient import Objective, sharpness_aware_loss
-from deltasam_plugin.perturbation import Weight, ascended
+from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.fairseq.optimizer import pair_masters
+from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.settings import Settings
+from tests.helpers.runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars, trained
 
 FIVE_MILLION = ["--encoder-layers", 3, "--decoder-layers", 3, "--encoder-attention-heads", 4]
 FIVE_MILLION += ["--encoder-embed-dim", 256, "--decoder-embed-dim", 256, "--decoder-attention-heads", 4]
@@ -58,7 +58,7 @@ def test_naive_half_precision_loses_the_perturbation() -> None:
     generator = torch.Generator().manual_seed(0)
     master = 0.15 * torch.randn(5_000_000, generator=generator)
     gradient = torch.randn(5_000_000, generator=generator)
-    for weight in (Weight(master.half()), Weight(master.half(), master)):
+    for weight in (PerturbedParameter(master.half()), PerturbedParameter(master.half(), master)):
         before = weight.parameter.clone()
         with ascended([weight], [gradient], rho=0.05) as ascent:
             along = (weight.parameter.float() - before.float()) @ gradient / gradient.norm()
@@ -125,7 +125,7 @@ def test_overflow_shows_in_the_gradient(where: str) -> None:
         losses = (inputs @ weight).square().float() * next(scales)
         return Objective(losses.sum(), losses)
 
-    perturbation = BatchPerturbation([Weight(weight, master)], [weight], Settings(0.05, "uniform"))
+    perturbation = BatchPerturbation([PerturbedParameter(weight, master)], [weight], Settings(0.05, "uniform"))
     devices = {weight.device}
     loss, statistics = sharpness_aware_loss(forward, lambda: forward().loss, perturbation, devices)
     (loss * 16).backward()

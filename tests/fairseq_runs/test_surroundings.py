@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ADAM, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, trained
+
+from tests.helpers.runs import ADAM, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, trained
 
 SURROUNDINGS: dict[str, list[object]] = {
     "activation checkpointing": ["--checkpoint-activations"],

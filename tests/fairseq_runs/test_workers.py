@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from fairseq_cli import preprocess
-from runs import ADAM, TRANSLATION, delta, distance, run, scalars, write_translation
+
+from tests.helpers.runs import ADAM, TRANSLATION, delta, distance, run, scalars, write_translation
 
 SPY = "spying_label_smoothed_cross_entropy"
 SPYING_USER_DIR = '''"""A user-dir of one's own, with a criterion that writes down which weights it saw in training."""

@@ -1,0 +1,15 @@
+"""The plugin for fairseq: ``--optimizer delta_sam`` and ``--criterion delta_sam``."""
+
+
+def register() -> None:
+    """Register δ-SAM with fairseq, and let fairseq's tasks and checkpoints work with it.
+
+    Importing the submodules registers their components, as everywhere in fairseq.
+    """
+    from deltasam_plugin.fairseq import compat, criterion, optimizer
+    from deltasam_plugin.fairseq.criterions import sentences, speech, tokens  # noqa: F401
+
+    optimizer.OPTIONS.refresh()
+    criterion.OPTIONS.refresh()
+    compat.show_base_names()
+    compat.allow_checkpoints()

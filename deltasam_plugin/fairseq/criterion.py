@@ -1,0 +1,158 @@
+"""fairseq's ``--criterion delta_sam``: the base criterion itself, with a sharpness-aware gradient.
+
+The object that fairseq gets is an instance of the base criterion's class under the base's own name, so that
+everything it logs, saves and validates with stays its own; only ``forward`` in training is δ-SAM's.
+"""
+
+import math
+from argparse import ArgumentParser
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from fairseq import utils
+from fairseq.criterions import FairseqCriterion, register_criterion
+from fairseq.dataclass import FairseqDataclass
+from fairseq.logging import metrics
+from fairseq.models import BaseFairseqModel
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from deltasam_plugin.fairseq.config import NAME, BaseOptions
+from deltasam_plugin.fairseq.criterions.registry import (
+    PerSampleLosses,
+    check_sum,
+    objective_of,
+    per_sample_losses_of,
+    recorded_outputs,
+)
+from deltasam_plugin.fairseq.optimizer import active_optimizer
+from deltasam_plugin.fairseq.refusals import refuse_unsupported
+from deltasam_plugin.loss import Objective, Statistics, sharpness_aware_loss
+
+
+@dataclass
+class DeltaSAMCriterionConfig(FairseqDataclass):
+    base_criterion: str = field(
+        default="cross_entropy", metadata={"help": "criterion whose loss is minimized, by its fairseq name"}
+    )
+
+
+OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig)
+
+MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm")  # averaged over micro-batches and workers
+BATCHES = "sam_batches"
+
+
+class SharpnessAwareCriterion(FairseqCriterion):
+    """Mixed into the class of the base criterion by :func:`sharpness_aware`."""
+
+    _per_sample_losses: PerSampleLosses
+    _base_name: str
+    _checked: bool = False
+
+    def forward(self, model: nn.Module, sample: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """As the base criterion; in training the loss carries the sharpness-aware gradient.
+
+        Returns:
+            The loss at w, the sample size, and the logging output of the base criterion with δ-SAM's statistics, which
+            the backward pass completes.
+        """
+        forward = super().forward
+        if not (self.training and torch.is_grad_enabled()):
+            return forward(model, sample, *args, **kwargs)
+        optimizer = active_optimizer()
+        inner = unwrapped(model)  # the ascent must not trigger the gradient exchange of a distributed wrapper
+        results: list[tuple[Any, dict[str, Any]]] = []
+
+        def objective(network: nn.Module) -> tuple[Objective, tuple[Any, dict[str, Any]]]:
+            with recorded_outputs(inner, self._base_name) as outputs:
+                loss, sample_size, logging_output = forward(network, sample, *args, **kwargs)
+            losses = self._per_sample_losses(self, inner, sample, *outputs)
+            return objective_of(loss, losses), (sample_size, logging_output)
+
+        def first() -> Objective:
+            found, result = objective(inner)
+            results[:] = [result]  # probes run this too; the ascent forward is the last
+            if not self._checked:
+                check_sum(self._base_name, found)
+                self._checked = True
+            return found
+
+        # A criterion's own layers run twice in the first pass, for its loss and for its adaptor. Only the latter has a
+        # part in the per-sample losses, so that is where instances are perturbed.
+        layered = optimizer.settings.perturbation == "instance" and any(p.requires_grad for p in self.parameters())
+
+        def second() -> Tensor:
+            if layered:
+                return objective(model)[0].losses.sum()
+            return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
+
+        devices = {weight.parameter.device for weight in optimizer.weights(inner, self)}
+        perturbation = optimizer.perturbation(inner, self)
+        loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
+        sample_size, logging_output = results[0]
+        for item in fields(Statistics):
+            logging_output[f"sam_{item.name}"] = getattr(statistics, item.name)
+        logging_output[BATCHES] = 1
+        return loss, sample_size, logging_output
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """What the base criterion logs, and δ-SAM's statistics (in training)."""
+        own = [{key: log[key] for key in log if not key.startswith("sam_")} for log in logging_outputs]
+        super().reduce_metrics(own)  # wav2vec logs whatever it finds
+        totals = {
+            key: sum(log.get(key, 0) for log in logging_outputs)
+            for key in [BATCHES, "sample_size", *(f"sam_{item.name}" for item in fields(Statistics))]
+        }
+        batches, sample_size = utils.item(totals[BATCHES]), totals["sample_size"]
+        if batches == 0:
+            return
+        if sample_size:
+            metrics.log_scalar(
+                "sam_sharpness", totals["sam_sharpness"] / sample_size / math.log(2), sample_size, 610, round=6
+            )
+        for name in MEANS:
+            metrics.log_scalar(f"sam_{name}", totals[f"sam_{name}"] / batches, batches, 620, round=6)
+        metrics.log_scalar_sum("sam_skipped", totals["sam_skipped"], 630)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside its distributed wrappers, which are no fairseq models."""
+    while "module" in model._modules and not isinstance(model, BaseFairseqModel):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def sharpness_aware(base: type[FairseqCriterion]) -> type[SharpnessAwareCriterion]:
+    """The class of the base criterion, under its own name, with a sharpness-aware gradient.
+
+    The name is the base's because fairseq compares it with the one in a checkpoint.
+    """
+    return type(base.__name__, (SharpnessAwareCriterion, base), {"__module__": __name__, "__doc__": base.__doc__})
+
+
+@register_criterion(NAME, dataclass=DeltaSAMCriterionConfig)
+class FairseqDeltaSAMCriterion(FairseqCriterion):
+    """What fairseq's registry knows; :meth:`build_criterion` returns the base criterion, sharpness-aware."""
+
+    @classmethod
+    def add_args(cls, parser: ArgumentParser) -> None:
+        """Add the options of all base criterions to a command line."""
+        OPTIONS.add_args(parser)
+
+    @classmethod
+    def build_criterion(cls, cfg: DictConfig, task: Any) -> SharpnessAwareCriterion:
+        """Build the base criterion for `task`.
+
+        Raises:
+            ValueError: the base does not exist or gives no per-sample losses, or the optimizer is not δ-SAM's.
+        """
+        refuse_unsupported(cfg._get_root())
+        name, base, base_cfg = OPTIONS.base_config(cfg)
+        adaptor = per_sample_losses_of(name)
+        criterion: Any = sharpness_aware(base).build_criterion(base_cfg, task)
+        criterion._per_sample_losses = adaptor
+        criterion._base_name = name
+        return criterion

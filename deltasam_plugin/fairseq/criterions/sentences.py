@@ -1,0 +1,39 @@
+"""Criterions with one prediction for each sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
+
+REGULARIZERS = ["_get_adaptive_head_loss", "_get_adaptive_ffn_loss"]
+
+
+@per_sample_losses("sentence_prediction", calls=REGULARIZERS)
+@per_sample_losses("sentence_prediction_adapters")
+def _classified(
+    criterion: Any, model: Any, sample: Any, net_output: Any, *regularizers: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    logits = net_output[0]
+    targets = model.get_targets(sample, [logits]).view(-1)
+    if criterion.regression_target:
+        losses = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+    else:
+        losses = F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="none")
+    return losses, torch.stack(regularizers).sum() if regularizers else None
+
+
+@per_sample_losses("sentence_ranking")
+def _ranked(criterion: Any, model: Any, sample: Any, *candidates: Any) -> Tensor:
+    if criterion.prediction_h is not None:
+        raise ValueError(
+            f"Invalid save_predictions={criterion.prediction_h.name!r} (--save-predictions): in training every pass of "
+            "δ-SAM would write its predictions there. Remove it, and use it with fairseq-validate."
+        )
+    logits = torch.cat([scores for scores, _ in candidates], dim=1)
+    targets = model.get_targets(sample, [logits]).view(-1)
+    return F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="none")

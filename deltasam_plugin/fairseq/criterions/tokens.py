@@ -1,0 +1,140 @@
+"""Criterions that sum, or average, over the target tokens of a sequence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from fairseq.modules import cross_entropy
+from torch import Tensor
+
+from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
+
+
+class RecordedProbabilities:
+    """A model that has been asked for its probabilities already, and gives the same answers again.
+
+    Args:
+        model: for everything else.
+        log_probabilities: as it returned them.
+        probabilities: the same, where it was asked for these too.
+    """
+
+    def __init__(self, model: Any, log_probabilities: Tensor, probabilities: Tensor | None = None) -> None:
+        self._model = model
+        self._answers = {True: log_probabilities, False: probabilities}
+
+    def get_normalized_probs(self, net_output: Any, log_probs: bool, sample: Any = None) -> Tensor | None:
+        """What the model returned."""
+        return self._answers[log_probs]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def summed_by_sample(losses: Tensor, samples: Tensor, batch: int) -> Tensor:
+    """The sum of each sample's losses, (B,).
+
+    Args:
+        losses: (N,), in any order.
+        samples: which sample each belongs to, integer (N,).
+        batch: B.
+    """
+    total = torch.zeros(batch, dtype=torch.float64, device=losses.device)
+    return total.index_add(0, samples, losses.double()).to(losses.dtype)
+
+
+@per_sample_losses("cross_entropy", calls=["get_normalized_probs"])
+@per_sample_losses("label_smoothed_cross_entropy", calls=["get_normalized_probs"])
+def _token_losses(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *_: Any) -> Tensor:
+    losses, _ = criterion.compute_loss(RecordedProbabilities(model, lprobs), net_output, sample, reduce=False)
+    return losses.view(sample["target"].size(0), -1).sum(dim=1)
+
+
+@per_sample_losses("label_smoothed_cross_entropy_with_alignment", calls=["get_normalized_probs"])
+def _aligned(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *_: Any) -> Tensor:
+    losses = _token_losses(criterion, model, sample, net_output, lprobs)
+    alignments = sample.get("alignments")
+    if alignments is None or len(alignments) == 0:
+        return losses
+    attention = net_output[1]["attn"][0]
+    batch, length, _ = attention.shape
+    source, target = alignments.unbind(1)  # target: position in the flattened (B, T)
+    surprise = -attention.view(batch * length, -1)[target, source].log() * sample["align_weights"].float()
+    return losses + criterion.alignment_lambda * summed_by_sample(surprise, target // length, batch)
+
+
+@per_sample_losses("label_smoothed_cross_entropy_with_rdrop", calls=["get_normalized_probs"])
+def _twice(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *answers: Any) -> Tensor:
+    # Sample i is rows i and B + i: the criterion sends the batch through the model twice, with different dropout.
+    batch = sample["target"].size(0)
+    flat, target = criterion.get_lprobs_and_target(RecordedProbabilities(model, lprobs), net_output, sample)
+    losses, _ = label_smoothed_nll_loss(flat, target, criterion.eps, criterion.padding_idx, reduce=False)
+    total = losses.view(-1, batch, losses.numel() // lprobs.size(0)).sum(dim=(0, 2))
+    if criterion.rdrop_alpha <= 0:
+        return total
+    from fairseq.criterions.label_smoothed_cross_entropy_with_rdrop import compute_kl_loss  # not in fairseq 0.12.2
+
+    padding = target[: target.size(0) // 2].unsqueeze(-1).eq(criterion.padding_idx)
+    divergence = compute_kl_loss(RecordedProbabilities(model, *answers[:2]), net_output, padding, reduce=False)
+    return total + criterion.rdrop_alpha * divergence.view(batch, -1).sum(dim=1)
+
+
+@per_sample_losses("adaptive_loss", calls=["decoder.adaptive_softmax"])
+def _adaptive(
+    criterion: Any, model: Any, sample: Any, net_output: Any, softmax: Any
+) -> tuple[Tensor, None, list[Tensor]]:
+    target = model.get_targets(sample, net_output)
+    _, selections = model.decoder.adaptive_softmax.adapt_target(target.view(-1))  # for the rarer words, by cluster
+    everyone = torch.arange(target.numel(), device=target.device)
+    rows = [None if chosen is None else chosen // target.size(1) for chosen in [everyone, *selections]]
+    total = net_output[0].new_zeros(target.size(0))
+    for logits, labels, samples in zip(*softmax, rows):
+        if samples is not None:
+            losses = F.cross_entropy(logits, labels, ignore_index=criterion.padding_idx, reduction="none")
+            total = total + summed_by_sample(losses, samples, target.size(0))
+    return total, None, [samples for samples in rows[1:] if samples is not None]
+
+
+@per_sample_losses("masked_lm")
+def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> tuple[Tensor, None, list[Tensor]]:
+    target, logits = sample["target"], net_output[0].view(-1, net_output[0].size(-1))
+    selected = target.ne(criterion.padding_idx)
+    if len(logits) == target.numel():  # where no token is masked, the model predicts them all
+        selected = torch.ones_like(selected)
+    losses = cross_entropy(logits, target[selected], ignore_index=criterion.padding_idx, reduction="none")
+    rows = selected.nonzero()[:, 0]
+    return summed_by_sample(losses, rows, target.size(0)), None, [rows]
+
+
+@per_sample_losses("nat_loss")
+def _imitation(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
+    # The loss is a sum of means over tokens, so that a sample's part is its tokens' share of each mean.
+    batch = sample["target"].size(0)
+    total = torch.zeros(batch, device=sample["target"].device)
+    for name, part in net_output.items():
+        if part.get("loss") is not None:
+            raise ValueError(
+                f"Criterion 'nat_loss' with a model that returns {name!r} averaged over the batch already "
+                f"({type(model).__name__}): it cannot be told apart into samples. Use another architecture, such as "
+                "nonautoregressive_transformer."
+            )
+        outputs, targets, mask = part["out"], part["tgt"], part.get("mask")
+        samples = torch.arange(outputs.size(0), device=outputs.device) % batch  # several steps stand one below another
+        if mask is not None:
+            outputs, targets, samples = outputs[mask], targets[mask], mask.nonzero()[:, 0] % batch
+        if len(outputs) == 0:
+            continue
+        lprobs, smoothing = F.log_softmax(outputs, dim=-1), part.get("ls", 0.0)
+        if targets.dim() == 1:
+            losses = F.nll_loss(lprobs, targets, reduction="none")
+        else:
+            losses = F.kl_div(lprobs, targets, reduction="none").sum(dim=-1)
+        losses = losses.float()
+        if smoothing > 0:
+            losses = losses * (1 - smoothing) - lprobs.float().mean(dim=-1) * smoothing
+        share = part.get("factor", 1.0) / len(losses)
+        total = total + summed_by_sample(losses, samples, batch) * share
+    return total

@@ -1,0 +1,62 @@
+"""The engine as a perturbation of one (micro-)batch, behind the same loss as the shared perturbation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from deltasam_plugin.instance.engine import InstanceEngine
+from deltasam_plugin.loss import Ascend, Objective, Statistics, checked
+from deltasam_plugin.precision import observed_dtypes
+from deltasam_plugin.replay import Conditions
+
+
+class InstancePerturbation:
+    r""":math:`\epsilon_i = \rho\, g_i / \|g_i\|` for every instance of one (micro-)batch.
+
+    Args:
+        engine: of the model, kept from batch to batch.
+    """
+
+    def __init__(self, engine: InstanceEngine) -> None:
+        self._engine = engine
+
+    def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
+        """Record the forward pass. See :class:`deltasam_plugin.loss.Perturbation`.
+
+        Raises:
+            ValueError: the per-sample losses are not of shape (B,), or a part of the loss belongs to no sample.
+        """
+        with observed_dtypes(self._engine.parameters) as dtypes, self._engine.recording() as tape:
+            objective = checked(forward())
+        if objective.shared is not None:
+            raise ValueError(
+                "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample: it has no "
+                "instance to be perturbed for. Choose --sam-perturbation batch."
+            )
+        tape.rows, losses = objective.rows, objective.losses
+
+        @contextmanager
+        def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
+            nonlocal tape, losses
+            with torch.enable_grad():
+                correction = self._engine.solve(tape, losses, scale)
+            del tape, losses  # frees what is left of the first graph
+            moved = correction.steps > 0
+            norms = torch.where(moved, correction.norms / scale.abs(), 0)
+            statistics.fill(
+                ess=torch.ones(()),
+                weight_max=torch.ones(()),
+                ascent_gnorm=norms.mean(),
+                ascent_gnorm_std=norms.std(correction=0),
+                eps_norm=self._engine.rho * moved.any(),
+                skipped=~moved.any(),
+            )
+            overflowed = ~torch.isfinite(correction.norms).all()
+            with self._engine.perturbed(correction):
+                yield torch.where(overflowed, torch.inf, scale) if torch.float16 in dtypes else scale
+
+        return objective.loss.detach(), ascend

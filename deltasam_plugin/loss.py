@@ -1,0 +1,180 @@
+r"""A loss whose gradient is the sharpness-aware one.
+
+The value is :math:`L(w)`, the gradient :math:`\nabla L` at the perturbed weights. Whatever surrounds the loss - loss
+scaling, gradient accumulation, ``no_sync``, a dummy batch multiplied by zero - acts on it as on any other loss, because
+both passes hide behind one :class:`torch.autograd.Function`.
+
+How the weights are perturbed is a :class:`Perturbation`'s affair: one for the whole batch (``batch``), or one for
+every instance (``instance``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from deltasam_plugin.replay import Conditions
+
+
+class Objective(NamedTuple):
+    r"""What one forward pass gives: :math:`L = \sum_i \ell_i + s`.
+
+    Attributes:
+        loss: L, scalar.
+        losses: :math:`\ell_i`, the per-sample losses with graph, shape (B,).
+        shared: s, scalar, where a part of the loss belongs to the batch and to no sample; else None.
+        rows: where layers of the model see a selection of all positions (masked tokens): the sample of each selected
+            row, integer (N,), one tensor for each selection.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    shared: Tensor | None = None
+    rows: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one (micro-)batch went through; scalars on its device, zero until its backward pass fills them.
+
+    Attributes:
+        sharpness: L at the perturbed weights − L(w), in the unit of the loss (a sum over the batch, natural logarithm).
+        ess: effective sample size of the weights as a share of the batch.
+        weight_max: B · max v.
+        ascent_gnorm: ‖Σ vᵢgᵢ‖; per instance: the mean of ‖gᵢ‖.
+        ascent_gnorm_std: per instance: the standard deviation of ‖gᵢ‖; else 0.
+        eps_norm: L2 norm by which the weights really moved; per instance: ρ.
+        skipped: 1 if the ascent was skipped, else 0.
+    """
+
+    sharpness: Tensor
+    ess: Tensor
+    weight_max: Tensor
+    ascent_gnorm: Tensor
+    ascent_gnorm_std: Tensor
+    eps_norm: Tensor
+    skipped: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device) -> Statistics:
+        """Statistics to be filled later."""
+        return cls(*(torch.zeros((), device=device) for _ in fields(cls)))
+
+    def fill(self, **values: Tensor) -> None:
+        """Set the named statistics in place, so that whoever holds the tensors already sees them."""
+        for name, value in values.items():
+            getattr(self, name).copy_(value.detach())
+
+
+Ascend = Callable[[Tensor, Statistics], AbstractContextManager[Tensor]]
+
+
+class Perturbation(Protocol):
+    """Where the second pass happens. One object serves one (micro-)batch."""
+
+    def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
+        """Run the forward pass at w, and the passes that must come before it.
+
+        Returns:
+            L(w), detached, and ``ascend(scale, statistics)``: a context, entered once, in which the second pass runs
+            at the perturbed weights. ``scale`` is what the loss was multiplied by before backward: a loss scale, or
+            zero for a dummy batch. ``statistics`` are filled, except for the sharpness. The context yields the scale
+            of the second pass. It is infinite where the ascent overflowed in fp16, as after any overflow: dynamic loss
+            scaling then skips the update.
+        """
+
+
+class _SharpnessAware(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, backward: Callable[[Tensor], None]) -> Tensor:
+        ctx.run = backward
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        run, ctx.run = ctx.run, None
+        if run is None:
+            raise RuntimeError(
+                "backward() through a sharpness-aware loss a second time. It runs two passes and frees their graphs; "
+                "compute the loss again instead of passing retain_graph=True."
+            )
+        run(grad_output)
+        return None, None, None
+
+
+def sharpness_aware_loss(
+    first: Callable[[], Objective],
+    second: Callable[[], Tensor],
+    perturbation: Perturbation,
+    devices: set[torch.device],
+) -> tuple[Tensor, Statistics]:
+    """The loss at w, whose gradient is that at the perturbed weights.
+
+    Args:
+        first: forward pass with all that the ascent needs. May be run several times.
+        second: forward pass; returns the loss (scalar) whose gradient is taken. Run in backward.
+        perturbation: of this batch.
+        devices: where the model lives, for the replay of random numbers.
+
+    Returns:
+        The loss, to be used as any loss, once; and the statistics, which its backward pass completes.
+
+    Raises:
+        RuntimeError: from backward, when it is run a second time. Whatever an inner pass raises comes through, with
+            the weights as they were.
+    """
+    conditions = Conditions.capture(devices)
+    with conditions.generators.replayed():
+        value, ascend = perturbation.first_pass(first, conditions)
+    statistics = Statistics.zeros(value.device)
+
+    def backward(grad_output: Tensor) -> None:
+        with ascend(grad_output, statistics) as scale, torch.enable_grad(), conditions.replayed():
+            loss = second()
+            loss.backward(scale.to(loss.dtype))
+        statistics.fill(sharpness=loss - value)
+
+    anchor = torch.zeros((), device=value.device, requires_grad=True)
+    return _SharpnessAware.apply(anchor, value, backward), statistics
+
+
+def checked(objective: Objective) -> Objective:
+    """The objective itself.
+
+    Raises:
+        ValueError: the per-sample losses are not of shape (B,), B >= 1.
+    """
+    losses = objective.losses
+    if losses.dim() != 1 or losses.numel() == 0:
+        raise ValueError(
+            f"Invalid per-sample losses of shape {tuple(losses.shape)}. Must be (B,) with B >= 1: one loss for each "
+            "sample of the batch, e.g. from a loss function with reduction='none', summed over the sample's tokens."
+        )
+    return objective
+
+
+def nodes_of(value: Tensor, known: Container[Any] = ()) -> Iterator[Any]:
+    """The nodes of the graph that `value` was computed by, each once, as far as they are wanted.
+
+    Args:
+        value: a tensor; one without a graph has no nodes.
+        known: nodes to stop at; neither they nor what lies behind them only are given.
+    """
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or node in known:
+            continue
+        seen.add(node)
+        yield node
+        waiting.extend(before for before, _ in node.next_functions)
+
+
+def leaves_of(value: Tensor) -> list[Tensor]:
+    """The tensors that a backward pass from `value` accumulates gradients in."""
+    return [node.variable for node in nodes_of(value) if hasattr(node, "variable")]

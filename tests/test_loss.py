@@ -1,0 +1,576 @@
+"""The gradient of a sharpness-aware loss with one perturbation for a batch (gradient.py, batch.py): against an oracle,
+and under everything that can surround or interrupt it."""
+
+import contextlib
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from deltasam_plugin import Settings
+from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.probing import draw_direction
+from deltasam_plugin.batch.weighting import ROUNDING_FACTOR
+from deltasam_plugin.loss import Objective, sharpness_aware_loss
+from deltasam_plugin.replay import Conditions, RandomState
+
+UNIFORM = Settings(weighting="uniform")
+WEIGHTINGS = [Settings(rho=0.5), Settings(rho=0.5, weighting="uniform"), Settings(rho=0.5, probes=3)]
+weightings = pytest.mark.parametrize("settings", WEIGHTINGS, ids=["curvature", "uniform", "three-probes"])
+
+
+class Net(nn.Module):
+    """A classifier with dropout; counts its forward passes, and fails in the one it is told to."""
+
+    def __init__(self, recompute=lambda layer, x: layer(x), normalize=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.body = nn.Sequential(nn.BatchNorm1d(8) if normalize else nn.Identity(), nn.Dropout(0.3), nn.Linear(8, 8))
+        self.recompute = recompute
+        self.passes, self.graphs = 0, 0
+        self.fatal_pass = self.fatal_graph = None
+
+    def forward(self, x):
+        self.passes += 1
+        hidden = self.recompute(self.body, torch.tanh(self.enter(x)))
+        if self.passes == self.fatal_pass:
+            raise MemoryError("in a forward pass")
+        if torch.is_grad_enabled():
+            self.graphs += 1
+            if self.graphs == self.fatal_graph:
+                hidden.register_hook(self.fail)
+        return self.leave(torch.tanh(hidden))
+
+    @staticmethod
+    def fail(gradient):
+        raise MemoryError("in a backward pass")
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(3)
+    return [(torch.randn(6, 4, generator=generator), torch.arange(6) % 3) for _ in range(4)]
+
+
+def sample_losses(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def loss_of(first, weights, leaves, settings, step=0):
+    """The sharpness-aware loss of a forward pass that returns loss and per-sample losses, and its statistics."""
+    perturbation = BatchPerturbation([*weights], [*leaves], settings, step)
+    return sharpness_aware_loss(lambda: Objective(*first()), lambda: first()[0], perturbation, {torch.device("cpu")})
+
+
+def aware(model, batch, settings, step=0, factor=1.0, weights=None):
+    """The sharpness-aware loss of a classifier, a sum over the batch, and its statistics."""
+
+    def first():
+        losses = factor * sample_losses(model, batch)
+        return losses.sum(), losses
+
+    return loss_of(first, weights or map(PerturbedParameter, model.parameters()), model.parameters(), settings, step)
+
+
+def copies(tensors):
+    return [None if tensor is None else tensor.detach().clone() for tensor in tensors]
+
+
+def weights(model):
+    return copies(model.parameters())
+
+
+def gradients(model):
+    return copies(parameter.grad for parameter in model.parameters())
+
+
+def same(one, other):
+    """Equal bit for bit, None included."""
+    return len(one) == len(other) and all(
+        a is b if a is None or b is None else torch.equal(a, b) for a, b in zip(one, other)
+    )
+
+
+def gradient_of(model, batch, settings, seed=5, scale=1.0, step=0):
+    """The gradient of the sharpness-aware loss, in a fresh .grad."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss, statistics = aware(model, batch, settings, step)
+    (scale * loss).backward()
+    return gradients(model), statistics
+
+
+def plain_gradient_of(model, batch, seed=5):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    sample_losses(model, batch).sum().backward()
+    return gradients(model)
+
+
+# --- the oracle: one sample at a time, in double precision
+
+
+def classifier(parameters, x, y):
+    """Per-sample losses."""
+    enter, shift, leave, bias = parameters
+    return F.cross_entropy(torch.tanh(x @ enter + shift) @ leave + bias, y, reduction="none")
+
+
+@st.composite
+def problems(draw):
+    """Parameters, inputs, labels, strength of a loss that belongs to no sample, settings, seed."""
+
+    def array(*shape):
+        return torch.from_numpy(draw(hnp.arrays("float64", shape, elements=st.floats(-1, 1))))
+
+    batch, inputs, hidden, classes = (draw(st.integers(low, 4)) for low in (1, 1, 1, 2))
+    parameters = [array(inputs, hidden), array(hidden), array(hidden, classes), array(classes)]
+    labels = torch.tensor(draw(st.lists(st.integers(0, classes - 1), min_size=batch, max_size=batch)))
+    weighting, probes = draw(st.sampled_from([("curvature", 1), ("curvature", 3), ("uniform", 1)]))
+    settings = Settings(draw(st.sampled_from([0.0625, 0.5])), weighting, probes, probe_scale=0.25)
+    return (
+        parameters,
+        array(batch, inputs),
+        labels,
+        draw(st.sampled_from([0, 3])),
+        settings,
+        draw(st.integers(0, 2**32)),
+    )
+
+
+def penalty(parameters, strength):
+    return strength * sum(value.square().sum() for value in parameters)
+
+
+def reference(parameters, x, y, strength, settings, seed):
+    """The gradient and the statistics, from every sample's own losses and gradients."""
+    samples = range(len(y))
+
+    def value_of(i, at):
+        return classifier(at, x[i : i + 1], y[i : i + 1]).sum()
+
+    def gradients_at(at):
+        """Those of every sample, and that of the shared part."""
+        at = [value.clone().requires_grad_() for value in at]
+        shared = [2 * strength * value.detach() for value in at]
+        return [torch.autograd.grad(value_of(i, at), at) for i in samples], shared
+
+    def objective(at):
+        return sum(value_of(i, at).item() for i in samples) + float(penalty(at, strength))
+
+    curvatures = [1.0 for _ in samples]
+    if settings.weighting == "curvature":
+        count = sum(value.numel() for value in parameters)
+        sigma = settings.probe_scale * math.sqrt(sum(value.square().sum().item() for value in parameters) / count)
+        squares, floor = [0.0 for _ in samples], 0.0
+        for probe in range(settings.probes):
+            u = draw_direction([PerturbedParameter(value) for value in parameters], seed + probe)
+            for i in samples:
+                plus, minus = (
+                    value_of(i, [w + side * sigma * d for w, d in zip(parameters, u)]).item() for side in (1, -1)
+                )
+                center = value_of(i, parameters).item()
+                squares[i] += (plus + minus - 2 * center) ** 2 / settings.probes
+                floor = max(floor, ROUNDING_FACTOR * 2**-52 * (plus + minus + 2 * center) / 4)
+        assume(floor < 1e-11 * math.sqrt(max(squares)))  # else the weights are made of rounding errors
+        curvatures = [max(math.sqrt(square), floor) for square in squares]
+    v = [curvature / sum(curvatures) for curvature in curvatures]
+    per_sample, shared = gradients_at(parameters)
+    ascent = [sum(v[i] * per_sample[i][j] for i in samples) + shared[j] / len(v) for j in range(len(parameters))]
+    norm = math.sqrt(sum(g.square().sum().item() for g in ascent))
+    assume(norm > 1e-6)  # else its direction is made of rounding errors
+    moved = [w + settings.rho * g / norm for w, g in zip(parameters, ascent)]
+    statistics = {
+        "sharpness": objective(moved) - objective(parameters),
+        "ess": 1 / (len(v) * sum(value**2 for value in v)),
+        "weight_max": len(v) * max(v),
+        "ascent_gnorm": norm,
+        "eps_norm": settings.rho,
+        "skipped": 0.0,
+    }
+    per_sample, shared = gradients_at(moved)
+    return [sum(per_sample[i][j] for i in samples) + shared[j] for j in range(len(parameters))], statistics
+
+
+@hypothesis_settings(max_examples=40)
+@given(problems())
+def test_the_gradient_and_the_statistics_equal_a_reference_that_takes_one_sample_at_a_time(problem):
+    parameters, x, y, strength, settings, seed = problem
+    torch.manual_seed(seed)
+    expected, statistics = reference(parameters, x, y, strength, settings, RandomState.capture(set()).seed())
+    leaves = [nn.Parameter(value.clone()) for value in parameters]
+
+    def first():
+        losses, shared = classifier(leaves, x, y), penalty(leaves, strength)
+        return losses.sum() + shared, losses, shared if strength else None
+
+    loss, found = loss_of(first, map(PerturbedParameter, leaves), leaves, settings)
+    assert loss.item() == first()[0].item()
+    loss.backward()
+    error = math.sqrt(sum((p.grad - g).square().sum().item() for p, g in zip(leaves, expected)))
+    assert error <= 1e-9 * math.sqrt(sum(g.square().sum().item() for g in expected))
+    for name, value in statistics.items():  # kept in single precision
+        assert getattr(found, name).item() == pytest.approx(value, rel=2e-6, abs=1e-12), name
+
+
+# --- the passes
+
+
+@weightings
+def test_the_passes_are_two_probes_each_then_one_ascent_and_one_second(settings, batches):
+    model, modes = Net(), []
+    model.enter.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    loss, _ = aware(model, batches[0], settings)
+    probes = 2 * settings.probes if settings.weighting == "curvature" else 0
+    assert modes == [False] * probes + [True]
+    loss.backward()
+    assert modes == [False] * probes + [True, True]
+
+
+@weightings
+def test_the_value_is_the_plain_loss_and_the_generators_end_where_a_plain_pass_ends(settings, batches):
+    model = Net()
+    torch.manual_seed(5)
+    plain = sample_losses(model, batches[0]).sum().item()
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    loss, _ = aware(model, batches[0], settings)
+    assert loss.item() == plain
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_generators_without_a_seed_draw_the_same_in_every_pass(batches):
+    model, drawn = Net(), []
+    model.enter.register_forward_pre_hook(lambda *_: drawn.append(np.random.default_rng().random()))
+    aware(model, batches[0], Settings())[0].backward()
+    assert drawn == [drawn[0]] * 4
+
+
+@weightings
+def test_a_radius_of_zero_gives_the_plain_gradient_bit_for_bit(settings, batches):
+    model = Net()
+    flat = Settings(0.0, settings.weighting, settings.probes)
+    found, statistics = gradient_of(model, batches[0], flat)
+    assert same(found, plain_gradient_of(model, batches[0]))
+    assert statistics.sharpness == 0
+    assert not same(found, gradient_of(model, batches[0], settings)[0])
+
+
+def test_probes_differ_from_step_to_step_although_nothing_draws_random_numbers(batches):
+    model = Net().eval()
+    shares = [gradient_of(model, batches[0], Settings(), step=step)[1].ess.item() for step in (0, 1, 0)]
+    assert shares[0] == shares[2] != shares[1]
+
+
+@weightings
+def test_the_weights_are_bit_for_bit_what_they_were(settings, batches):
+    model = Net()
+    before = weights(model)
+    gradient_of(model, batches[0], settings)
+    assert same(weights(model), before)
+
+
+def test_statistics_are_zero_until_the_backward_pass_fills_them(batches):
+    loss, statistics = aware(Net(), batches[0], UNIFORM)
+    assert (statistics.sharpness, statistics.ascent_gnorm, statistics.eps_norm) == (0, 0, 0)
+    sharpness = statistics.sharpness  # whoever holds the tensor sees it filled
+    loss.backward()
+    assert sharpness > 0
+    assert statistics.eps_norm.item() == pytest.approx(0.05, rel=1e-4)
+
+
+# --- what surrounds the loss
+
+
+@weightings
+def test_micro_batches_accumulate_and_nothing_of_the_ascent_does(settings, batches):
+    model = Net()
+    one, other = (gradient_of(model, batch, settings, seed)[0] for batch, seed in zip(batches, (5, 6)))
+    model.zero_grad()
+    for batch, seed in zip(batches, (5, 6)):
+        torch.manual_seed(seed)
+        aware(model, batch, settings)[0].backward()
+    assert same(gradients(model), [a + b for a, b in zip(one, other)])
+
+
+@weightings
+@pytest.mark.parametrize("scale", [2.0**-20, 4.0, 2.0**16])
+def test_a_positive_factor_on_the_loss_scales_the_gradient_and_no_statistic(settings, scale, batches):
+    model = Net()
+    plain, statistics = gradient_of(model, batches[0], settings)
+    scaled, scaled_statistics = gradient_of(model, batches[0], settings, scale=scale)
+    assert same(scaled, [scale * gradient for gradient in plain])
+    assert scaled_statistics == statistics
+
+
+@weightings
+def test_a_factor_of_zero_adds_zeros_and_makes_no_nan(settings, batches):
+    model = Net()
+    found, statistics = gradient_of(model, batches[0], settings, scale=0.0)
+    assert all((gradient == 0).all() for gradient in found)
+    assert (statistics.sharpness, statistics.ascent_gnorm, statistics.eps_norm, statistics.skipped) == (0, 0, 0, 1)
+
+
+def test_false_a_negative_factor_does_not_just_negate_the_gradient(batches):
+    # It is another objective, −L, and its adversary raises −L.
+    model = Net()
+    found, statistics = gradient_of(model, batches[0], Settings(0.5, "uniform"), scale=-1.0)
+    assert statistics.sharpness < 0 < statistics.ascent_gnorm
+    assert not same(found, [-gradient for gradient in gradient_of(model, batches[0], Settings(0.5, "uniform"))[0]])
+
+
+def test_a_leaf_that_is_not_perturbed_gets_the_gradient_at_the_perturbed_weights_alone(batches):
+    model = Net().eval()
+    chosen = [PerturbedParameter(parameter) for parameter in model.leave.parameters()]
+    aware(model, batches[0], Settings(0.5, "uniform"), weights=chosen)[0].backward()
+    found = gradients(model)
+    ascent = plain_gradient_of(model, batches[0])[2:4]  # enter, leave, body
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in ascent))
+    for parameter, gradient in zip(model.leave.parameters(), ascent):
+        parameter.data += 0.5 * gradient / norm
+    for one, other in zip(found, plain_gradient_of(model, batches[0])):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_parameter_outside_the_graph_neither_moves_nor_gets_a_gradient(batches):
+    model, places = Net(), []
+    model.idle = idle = nn.Parameter(torch.tensor([-0.0, 2.0**-149]))
+    model.enter.register_forward_pre_hook(lambda *_: places.append(idle.view(torch.int32).tolist()))
+    aware(model, batches[0], UNIFORM)[0].backward()
+    assert places == [[-(2**31), 1]] * 2
+    assert idle.grad is None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@weightings
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # the probes build no graph
+def test_activation_checkpointing_changes_nothing(settings, reentrant, batches):
+    recomputed = Net(lambda layer, x: checkpoint(layer, x, use_reentrant=reentrant))
+    found, statistics = gradient_of(recomputed, batches[0], settings)
+    expected, expected_statistics = gradient_of(Net(), batches[0], settings)
+    assert same(found, expected)
+    assert statistics == expected_statistics
+
+
+@weightings
+def test_batch_norm_statistics_are_those_of_a_plain_pass(settings, batches):
+    model, plain = Net(normalize=True), Net(normalize=True)
+    gradient_of(model, batches[0], settings)
+    plain_gradient_of(plain, batches[0])
+    assert same(list(model.buffers()), list(plain.buffers()))
+    assert model.body[0].num_batches_tracked == 1
+
+
+# --- precision
+
+
+def test_the_second_pass_computes_in_the_autocast_precision_of_the_first_and_sees_moved_weights():
+    weight, seen = nn.Parameter(torch.ones(3, 3)), []
+
+    def first():
+        outputs = F.linear(torch.eye(3), weight)
+        seen.append((outputs.dtype, outputs.sum().item()))
+        losses = outputs.float().square().sum(dim=1)
+        return losses.sum(), losses
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, statistics = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(1.5))
+        inside, _ = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(1.5))
+        inside.backward()
+    loss.backward()  # outside, as the documentation of autocast has it
+    assert {dtype for dtype, _ in seen} == {torch.bfloat16}
+    # nine weights move by 0.5 each: from 1 to 1.5, in the second pass of either loss
+    assert [total for _, total in seen[-2:]] == [13.5, 13.5]
+    assert statistics.sharpness.item() == pytest.approx(9 * (1.5**2 - 1), rel=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_half_precision_model_is_perturbed_through_its_masters(dtype, batches):
+    model = Net().to(dtype)
+    masters = [p.detach().float() for p in model.parameters()]
+    batch = (batches[0][0].to(dtype), batches[0][1])
+    through = [PerturbedParameter(p, master) for p, master in zip(model.parameters(), masters)]
+    before = weights(model)
+    loss, statistics = aware(model, batch, Settings(0.01), weights=through)
+    (128 * loss).backward()
+    if dtype == torch.float16:
+        assert statistics.eps_norm.item() == pytest.approx(0.01, rel=0.2)
+    else:  # a step is a fraction of the weights' spacing: the few that move, move too far
+        assert 0.01 < statistics.eps_norm.item() < 0.1
+    assert all(p.grad.dtype == dtype for p in model.parameters())
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(("dtype", "shown"), [(torch.float16, True), (torch.float32, False)], ids=str)
+def test_an_ascent_that_overflows_in_half_precision_is_shown_to_dynamic_loss_scaling(dtype, shown):
+    weight = nn.Parameter(torch.ones(2, dtype=dtype))
+
+    def first():
+        losses = weight * torch.finfo(dtype).max  # a loss scale of 2 is too much for its gradient
+        return Objective(losses.mean(), losses)
+
+    perturbation = BatchPerturbation([PerturbedParameter(weight)], [weight], UNIFORM)
+    loss, statistics = sharpness_aware_loss(first, weight.sum, perturbation, {torch.device("cpu")})
+    (2 * loss).backward()
+    assert statistics.skipped == 1
+    assert weight.grad.tolist() == [math.inf if shown else 2.0] * 2
+    assert weight.tolist() == [1.0, 1.0]
+
+
+@given(hnp.arrays("float32", 3, elements=st.floats(1, 9, width=32)).map(torch.from_numpy))
+def test_losses_linear_in_the_weights_are_weighted_uniformly_in_any_precision(values):
+    weight = nn.Parameter(values)
+
+    def first():
+        losses = F.linear(torch.eye(3), weight[None])[:, 0].float()
+        return losses.sum(), losses
+
+    for precision in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with precision:
+            loss, found = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(probes=2))
+        loss.backward()
+        assert found.ess.item() == 1
+
+
+# --- misuse
+
+
+def test_a_second_backward_is_refused(batches):
+    model = Net()
+    loss, _ = aware(model, batches[0], UNIFORM)
+    loss.backward(retain_graph=True)
+    before = gradients(model)
+    with pytest.raises(RuntimeError) as error:
+        loss.backward()
+    assert str(error.value) == (
+        "backward() through a sharpness-aware loss a second time. It runs two passes and frees their graphs; "
+        "compute the loss again instead of passing retain_graph=True."
+    )
+    assert same(gradients(model), before)
+
+
+@weightings
+@pytest.mark.parametrize("shape", [(), (0,), (2, 3)], ids=str)
+def test_losses_that_are_not_one_per_sample_are_refused(settings, shape):
+    weight = nn.Parameter(torch.ones(1))
+
+    def first():
+        return weight.sum(), weight.expand(1).sum() * torch.ones(shape)
+
+    with pytest.raises(ValueError, match="Invalid per-sample losses") as error:
+        loss_of(first, [PerturbedParameter(weight)], [weight], settings)
+    assert str(error.value) == (
+        f"Invalid per-sample losses of shape {shape}. Must be (B,) with B >= 1: one loss for each "
+        "sample of the batch, e.g. from a loss function with reduction='none', summed over the sample's tokens."
+    )
+
+
+# --- faults
+
+
+@weightings
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_non_finite_loss_skips_the_ascent_and_weighs_uniformly(settings, value, batches):
+    model = Net()
+    before = weights(model)
+    factor = torch.ones(6)
+    factor[2] = value
+    loss, statistics = aware(model, batches[0], settings, factor=factor)
+    loss.backward()
+    assert same(weights(model), before)
+    assert (statistics.skipped, statistics.eps_norm, statistics.ascent_gnorm, statistics.ess) == (1, 0, 0, 1)
+    assert any(
+        gradient.isnan().any() for gradient in gradients(model)
+    )  # as without the plugin: the trainer must see it
+
+
+def surroundings():
+    """Everything global that a pass sets for its duration."""
+    module = torch.nn.modules.module
+    hooks = len(module._global_forward_pre_hooks), len(module._global_forward_hooks)
+    return hooks, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()
+
+
+def generators():
+    return torch.get_rng_state().tolist(), random.getstate(), [str(part) for part in np.random.get_state()]
+
+
+FAULTS = {
+    "first probe": {"fatal_pass": 1},
+    "second probe": {"fatal_pass": 2},
+    "ascent forward": {"fatal_pass": 3},
+    "ascent backward": {"fatal_graph": 1},
+    "second forward": {"fatal_pass": 4},
+    "second backward": {"fatal_graph": 2},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_exception_in_any_pass_leaves_everything_as_it_was(fault, batches):
+    model = Net(normalize=True)
+    aware(model, batches[0], UNIFORM)[0].backward()  # something has been accumulated
+    before, accumulated, around = weights(model), gradients(model), surroundings()
+    buffers = copies(model.buffers())
+
+    model.passes = model.graphs = 0
+    for name, number in FAULTS[fault].items():
+        setattr(model, name, number)
+    torch.manual_seed(7)
+    start = generators()
+    loss, places = None, []
+    model.leave.register_forward_pre_hook(lambda *_: places.append(weights(model)))
+    with pytest.raises(MemoryError):  # noqa: PT012 - which of the two statements raises is the point of the test
+        loss, _ = aware(model, batches[1], Settings(0.5))
+        after_forward, buffers = generators(), copies(model.buffers())
+        loss.backward()
+
+    assert same(weights(model), before)
+    assert surroundings() == around
+    if fault.endswith("probe"):
+        assert generators() == start
+    if loss is not None:
+        assert generators() == after_forward
+    if fault != "ascent forward":  # it has collected statistics by then, as a plain pass has
+        assert same(copies(model.buffers()), buffers)
+    if fault != "second backward":  # it has accumulated a part by then, as a plain backward pass has
+        assert same(gradients(model), accumulated)
+    else:
+        assert not same(places[-1], before)  # it did fail at moved weights
+
+    model.fatal_pass = model.fatal_graph = None
+    undisturbed = Net(normalize=True)
+    for buffer, value in zip(undisturbed.buffers(), model.buffers()):
+        buffer.copy_(value)
+    found, statistics = gradient_of(model, batches[2], Settings(0.5))
+    expected, expected_statistics = gradient_of(undisturbed, batches[2], Settings(0.5))
+    assert same(found, expected)
+    assert statistics == expected_statistics
+
+
+def test_conditions_are_captured_before_the_first_pass_and_not_from_the_last_replay(batches):
+    model = Net()
+    torch.manual_seed(5)
+    conditions = Conditions.capture(set())
+    loss, _ = aware(model, batches[0], Settings(0.0))
+    torch.manual_seed(99)  # whatever happens between forward and backward
+    torch.rand(3)
+    between = torch.get_rng_state()
+    loss.backward()
+    assert torch.equal(torch.get_rng_state(), between)
+    found = gradients(model)
+    model.zero_grad()
+    with conditions.replayed():
+        sample_losses(model, batches[0]).sum().backward()
+    assert same(found, gradients(model))

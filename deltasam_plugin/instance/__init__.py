@@ -1,8 +1,21 @@
-"""Exact per-instance perturbation at the price of SAM: every sample at its own worst-case weights, in two passes."""
+r"""Exact per-instance perturbation at the price of SAM (``--sam-perturbation instance``).
 
-from deltasam_plugin.instance.engine import InstanceEngine
-from deltasam_plugin.instance.gradients import PerSamplePerturbation
+.. math:: G^* = \sum_i \nabla\ell_i(w + \epsilon_i), \qquad \epsilon_i = s_i g_i, \quad s_i = \rho / \|g_i\|
+
+1. Record (``recording``): run the forward pass, and note every call of a known layer (``layers/``) with its input
+   rows. ``interception`` sees the calls.
+2. Backward (``engine``): one pass from the losses to the output gradients of these calls. It reaches no parameter.
+   ``ownership`` and ``layout`` say which row belongs to which sample, ``coverage`` which parameters are perturbed,
+   ``planning`` in which form their gradients are kept.
+3. Per-sample gradients (``gradients``): :math:`G_i = \sum_t b_{it} a_{it}^\top`, kept as factors of inputs a and output
+   gradients b (``factored``), or formed where that is cheaper; their norms, and the steps :math:`s_i`.
+4. Perturbed replay (``engine``): run the forward pass again. Each layer adds :math:`s_i G_i x` to its output, in matrix
+   products over all samples. An ordinary backward pass then gives :math:`G^*`.
+
+``perturbation`` puts the four steps behind the protocol that ``loss`` expects.
+"""
+
+from deltasam_plugin.instance.engine import InstanceEngine, Solution
 from deltasam_plugin.instance.perturbation import InstancePerturbation
-from deltasam_plugin.instance.recording import Tape
 
-__all__ = ["InstanceEngine", "InstancePerturbation", "PerSamplePerturbation", "Tape"]
+__all__ = ["InstanceEngine", "InstancePerturbation", "Solution"]

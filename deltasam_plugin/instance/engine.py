@@ -1,4 +1,4 @@
-r"""Two batched passes for the gradient of every instance at its own worst-case weights.
+r"""Two batched passes for the gradient of every sample at its own worst-case weights.
 
 .. math:: G^* = \sum_i \nabla\ell_i\Bigl(w + \rho\,\frac{g_i}{\|g_i\|}\Bigr), \qquad g_i = \nabla\ell_i(w)
 """
@@ -6,31 +6,43 @@ r"""Two batched passes for the gradient of every instance at its own worst-case 
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.instance.coverage import Coverage, not_a_replay
-from deltasam_plugin.instance.factored import forming_is_cheaper
+from deltasam_plugin.instance.coverage import DETACHED, MIXED, REMEDY, Coverage
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
-from deltasam_plugin.instance.interception import Interception, ParameterSlice
-from deltasam_plugin.instance.layers import LAYERS
-from deltasam_plugin.instance.layers.base import RecordedCall
+from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
+from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
-from deltasam_plugin.instance.recording import Inputs, Tape
-from deltasam_plugin.loss import leaves_of
+from deltasam_plugin.instance.planning import plan_calls
+from deltasam_plugin.instance.recording import RecordedCall, Tape, intercept_layers
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the first pass gives.
+
+    Attributes:
+        perturbation: of every sample.
+        calls: what the second pass must repeat, in order.
+    """
+
+    perturbation: PerSamplePerturbation
+    calls: list[PlannedCall]
 
 
 class InstanceEngine:
     r"""Exact per-instance perturbation: :math:`G^* = \sum_i \nabla\ell_i(w + \rho\, g_i / \|g_i\|)`.
 
-    The perturbation of instance i is a multiple of its own gradient, of rank at most T in a layer that is applied to T
+    The perturbation of sample i is a multiple of its own gradient, of rank at most T in a layer that is applied to T
     rows. The perturbed layer's output therefore follows from the inputs and output gradients of a first pass, in matrix
-    products that are batched over the instances; neither per-instance weights nor a change of the weights is needed.
+    products that are batched over the samples. Neither per-sample weights nor a change of the weights is needed.
 
     Args:
         parameters: a module, or its parameters by name. Those that require a gradient are perturbed.
@@ -40,8 +52,8 @@ class InstanceEngine:
         >>> engine = InstanceEngine(model, rho=0.05)
         >>> with engine.recording() as tape:
         ...     losses = F.cross_entropy(model(x), y, reduction="none")
-        >>> correction = engine.solve(tape, losses)
-        >>> with engine.perturbed(correction):
+        >>> solution = engine.solve(tape, losses)
+        >>> with engine.perturbed(solution):
         ...     F.cross_entropy(model(x), y, reduction="sum").backward()  # the caller replays random numbers
     """
 
@@ -67,15 +79,17 @@ class InstanceEngine:
 
         Args:
             rows: for layers that see a selection of all positions (masked tokens): the sample of each selected row,
-                integer (N,). Several lists if there are several selections.
+                integer (N,). Several lists if there are several selections. Without it, rows are looked up by a further
+                backward pass in every batch.
         """
-        tape = Tape(self._parameters, self._coverage, rows)
-        with tape.interception:
+        tape = Tape(self._parameters, rows)
+        with tape.running():
             yield tape
-        tape.end()
 
-    def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0) -> PerSamplePerturbation:
-        r"""Find every instance's perturbation in one backward pass, which reaches no weight and no ``.grad``.
+    def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0) -> Solution:
+        r"""Find every sample's perturbation in one backward pass, which reaches no parameter and no ``.grad``.
+
+        First batches and a few later ones take more: see ``ownership`` and ``coverage``.
 
         Args:
             tape: of the pass that computed the losses. It is spent, and so is the losses' graph.
@@ -83,127 +97,135 @@ class InstanceEngine:
             scale: factor on the losses during this pass, against underflow in half precision. The perturbation does
                 not depend on it; ``norms`` are those of the scaled losses.
 
-        Returns:
-            The correction, for :meth:`perturbed`.
-
         Raises:
             ValueError: losses are not of shape (B,).
-            RuntimeError: samples are mixed, or more than 1 % of the weights are used in ways that are not covered.
+            RuntimeError: more than 1 % of the weights are used in ways that are not covered, or samples are mixed.
         """
         if losses.dim() != 1 or losses.numel() == 0:
             raise ValueError(
                 f"Invalid per-sample losses of shape {tuple(losses.shape)}. Must be (B,), B >= 1: one loss a sample."
             )
         with torch.autocast(losses.device.type, enabled=False):
-            seed = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).detach()
+            seed = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).detach().expand_as(losses)
             self._coverage.exclude(tape.misused())
-            nothing = torch.zeros_like(seed)
-
-            def probe(chosen: Tensor) -> dict[int, Tensor]:
-                return self._probe(tape, losses, torch.where(chosen.to(losses.device), seed, nothing))[0]
-
-            self._ownership.settle(tape.sites, losses.numel(), tape.rows, probe)
-            self._verify(tape, losses, seed)
-            self._plan(tape)
-            self._backward(tape, losses, seed.expand_as(losses), retain_graph=False)
-            correction = tape.ledger.settle(losses.detach(), self.rho)
-        correction.sites, tape.sites, tape.ledger = tape.sites, [], PerSampleGradients()
-        for site in correction.sites:
-            site.x = None
-        return correction
+            calls, rows, scaled = list(tape.calls), tape.rows, []
+            tape.calls.clear()
+            if self._ownership.must_check(calls, losses, rows):
+                for factor in self._ownership.factors(calls, losses):
+                    scaled.append(_gradients(losses, calls, seed * factor, retain_graph=True))
+            unverified = self._coverage.unverified()
+            wanted = [self._parameters[name] for name in unverified]
+            found = _gradients(losses, calls, seed, wanted)
+            true = {name: g for name, g in zip(unverified, found[len(calls) :]) if g is not None}
+            gradients = found[: len(calls)]
+            groupings, mixed = self._ownership.groupings(calls, gradients, scaled, losses.numel(), rows)
+            del scaled
+            reasons = {part.name: MIXED for call in mixed for part in call.parts}
+            self._coverage.exclude({**_detached_uses(calls, gradients), **reasons})
+            planned = plan_calls(calls, groupings, self._coverage)
+            if true:
+                shapes = {call.weight: call.weight_shape for call in planned if call.weight is not None}
+                eps = max((torch.finfo(g.dtype).eps for g in gradients if g is not None), default=0.0)
+                totals = _accumulated(list(zip(calls, planned, gradients))).totals(shapes)
+                if self._coverage.exclude(self._coverage.verify(true, totals, eps)):
+                    planned = plan_calls(calls, groupings, self._coverage)
+            work = list(zip(calls, planned, gradients))
+            del found, calls, gradients, true
+            per_sample = _accumulated(work)
+            self._coverage.warn()
+            return Solution(per_sample.perturbation(losses.detach(), self.rho), planned)
 
     @contextmanager
-    def perturbed(self, correction: PerSamplePerturbation) -> Iterator[None]:
-        """Each instance sees its own perturbed weights in the forward pass that runs within.
+    def perturbed(self, solution: Solution) -> Iterator[None]:
+        """Each sample sees its own perturbed weights in the forward pass that runs within.
 
         Raises:
             RuntimeError: that pass calls other layers, or on other shapes, than the recorded one.
         """
-        inputs, pending = Inputs(), iter(correction.sites)
-        uses: Counter[tuple[Any, ...]] = Counter()
+        perturbation, pending, once = solution.perturbation, list(reversed(solution.calls)), Memo()
 
-        def visit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            operation = LAYERS[func]
-            call = operation.read(*args, **kwargs)
-            if call is None or not torch.is_grad_enabled():
-                return NotImplemented
-            use = operation.name, interception.target(call.weight), interception.target(call.bias)
-            if use[1] is None and use[2] is None:
-                return NotImplemented
-            key = (*use, uses[use], len(call.lead))
-            uses[use] += 1
-            site = next(pending, None)
-            if site is None or (site.key, site.lead) != (key, call.lead):
-                raise RuntimeError(not_a_replay(site, key, call.lead))
-            x = inputs.rows(operation, call.x)
-            y = operation.run(call, x)
-            if site.grouping is not None:
+        def handle(layer: Layer, arguments: CallArguments, key: CallKey, x: Tensor) -> Tensor:
+            call = pending.pop() if pending else None
+            if call is None or (call.key, call.leading_shape) != (key, arguments.leading_shape):
+                raise RuntimeError(_not_a_replay(call, key, arguments.leading_shape))
+            y = layer.run(arguments, x)
+            if call.perturbed:
                 with torch.autocast(y.device.type, enabled=False):
-                    y = operation.correct(site, x, y, correction)
-            if uses.total() == len(correction.sites):
-                correction.release()
-            return operation.finish(call, y)
+                    y = layer.perturb_output(call, x, y, perturbation)
+                unowned = call.grouping.unowned
+                if unowned is not None:
+                    y.register_hook(lambda gradient: _refuse_late_rows(call, unowned, gradient))
+            if not pending:
+                perturbation.release()
+                once.clear()
+            return y
 
-        interception = Interception(self._parameters, LAYERS, visit)
         try:
-            with interception:
+            with intercept_layers(self._parameters, handle, once):
                 yield
-            missing = next(pending, None)
-            if missing is not None:
-                raise RuntimeError(not_a_replay(missing))
+            if pending:
+                raise RuntimeError(_not_a_replay(pending[-1]))
         finally:
-            correction.release()
+            perturbation.release()
 
-    def _backward(
-        self, tape: Tape, losses: Tensor, gradient: Tensor, retain_graph: bool, wanted: Sequence[Tensor] = ()
-    ) -> tuple[Tensor | None, ...]:
-        inputs = [*wanted, *([] if tape.token is None else [tape.token])]
-        if not inputs or not losses.requires_grad:
-            return tuple(None for _ in wanted)
-        found = torch.autograd.grad(losses, inputs, gradient, retain_graph=retain_graph, allow_unused=True)
-        return found[: len(wanted)]
 
-    def _probe(
-        self, tape: Tape, losses: Tensor, gradient: Tensor, wanted: Sequence[Tensor] = ()
-    ) -> tuple[dict[int, Tensor], tuple[Tensor | None, ...]]:
-        """Output gradients by site, and gradients of `wanted`, for this weighting of the losses."""
-        tape.probed = {}
-        try:
-            found = self._backward(tape, losses, gradient, True, wanted)
-            return tape.probed, found
-        finally:
-            tape.probed = None
+def _gradients(
+    losses: Tensor,
+    calls: Sequence[RecordedCall],
+    seed: Tensor,
+    wanted: Sequence[Tensor] = (),
+    retain_graph: bool = False,
+) -> list[Tensor | None]:
+    """Output gradients of the calls, and gradients of `wanted`; None where no loss depends on them."""
+    inputs: list[Any] = [*(call.output for call in calls), *wanted]
+    if not inputs or not losses.requires_grad:
+        return [None] * len(inputs)
+    return list(torch.autograd.grad(losses, inputs, seed, retain_graph=retain_graph, allow_unused=True))
 
-    def _verify(self, tape: Tape, losses: Tensor, scale: Tensor) -> None:
-        """Compare weight gradients made from what was recorded with autograd's own, once for each parameter."""
-        names = self._coverage.unverified()
-        if names:
-            used = {id(leaf) for leaf in leaves_of(losses)}
-            names = [name for name in names if id(self._parameters[name]) in used]
-        if names:
-            wanted = [self._parameters[name] for name in names]
-            gradients, true = self._probe(tape, losses, scale.expand_as(losses), wanted)
-            arrived = [(tape.sites[i], gradient) for i, gradient in gradients.items()]
-            self._coverage.verify(dict(zip(names, true)), arrived)
-        self._coverage.warn()
 
-    def _plan(self, tape: Tape) -> None:
-        """Decide for every matrix in which form its gradients are kept."""
-        uses: defaultdict[ParameterSlice, list[RecordedCall]] = defaultdict(list)
-        for site in tape.sites:
-            for role in ("weight", "bias"):
-                target = getattr(site, role)
-                if target is not None and not self._coverage.covers(target):
-                    setattr(site, role, None)
-                elif target is not None and site.grouping is not None:
-                    uses[target].append(site)
-        for target, sites in uses.items():
-            if any(site.weight != target or site.operation.name != "linear" for site in sites):
-                continue
-            rows = sum(site.grouping.width for site in sites if site.grouping is not None)
-            formed = forming_is_cheaper(rows, *sites[0].shape)
-            bias = sites[0].bias
-            affine = not formed and bias is not None and all(site.bias == bias for site in sites)
-            affine = affine and len(uses[bias]) == len(sites)  # type: ignore[index]
-            for site in sites:
-                site.formed, site.affine = formed, affine
+def _detached_uses(calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None]) -> dict[str, str]:
+    """Parameters with a gradient that are also used where no gradient arrives.
+
+    What the losses take from there without a gradient (a target behind detach) would be computed at w.
+    """
+    live = {part.name for call, gradient in zip(calls, gradients) if gradient is not None for part in call.parts}
+    return {
+        part.name: DETACHED
+        for call, gradient in zip(calls, gradients)
+        if gradient is None
+        for part in call.parts
+        if part.name in live
+    }
+
+
+def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) -> PerSampleGradients:
+    """Per-sample gradients from output gradients. Empties the list, to free inputs and gradients that were used."""
+    found = PerSampleGradients()
+    while work:
+        call, plan, gradient = work.pop()
+        if gradient is not None and plan.perturbed:
+            plan.layer.accumulate(plan, call.x, gradient.detach(), found)
+    return found
+
+
+def _refuse_late_rows(call: PlannedCall, unowned: Tensor, gradient: Tensor) -> None:
+    """A row without gradient at w has no known owner. It must have none at the perturbed weights either."""
+    size = gradient.detach().abs().reshape(len(unowned), -1).amax(1)
+    if bool((size * unowned).max() > torch.finfo(size.dtype).eps ** 0.5 * size.max()):
+        raise RuntimeError(
+            f"Per-instance perturbation: {call.key} has rows of leading sizes {call.leading_shape} for "
+            f"{call.grouping.batch} samples in no recognizable order, and one that no loss depends on at w, but at the "
+            "perturbed weights. Say which sample each row is from (rows=... in Python, the third result of a "
+            f"per-sample loss function). Otherwise {REMEDY}."
+        )
+
+
+def _not_a_replay(call: PlannedCall | None, key: CallKey | None = None, leading_shape: tuple[int, ...] = ()) -> str:
+    """The message for a second pass that does not repeat the first."""
+    expected = "no further call" if call is None else f"{call.key} with leading sizes {call.leading_shape}"
+    found = "ends" if key is None else f"calls {key} with leading sizes {leading_shape}"
+    return (
+        f"Per-instance perturbation: the second pass {found} where the first had {expected}. Both passes must run the "
+        "same layers: replay the random numbers, on the same batch. With activation checkpointing, "
+        f"{REMEDY}."
+    )

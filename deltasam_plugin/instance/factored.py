@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.precision import at_least_float32
 
 
@@ -29,12 +30,12 @@ class Factor:
     Attributes:
         left: (B, T, n) floating; or (B, T) integer, where row t stands for the unit vector of that index.
         right: (B, T, m).
-        affine: the use also adds a bias: G_i is then the gradient of (W | bias), r carrying a one that is not stored.
+        bias: added by the same use. G_i is then the gradient of (W | bias), and r carries a one that is not stored.
     """
 
     left: Tensor
     right: Tensor
-    affine: bool = False
+    bias: ParameterSlice | None = None
 
     @property
     def indexed(self) -> bool:
@@ -77,25 +78,43 @@ def _left_products(one: Factor, other: Factor) -> Tensor:
     return torch.bmm(at_least_float32(one.left), at_least_float32(other.left).transpose(1, 2))
 
 
-def right_products(one: Factor, other: Factor) -> Tensor:
-    """All inner products of the right vectors, (B, T, S)."""
-    products = torch.bmm(at_least_float32(one.right), at_least_float32(other.right).transpose(1, 2))
-    return products.add_(1) if one.affine and other.affine else products
+def right_products(one: Tensor, other: Tensor, affine: bool) -> Tensor:
+    """All inner products of right vectors, (B, T, S).
+
+    Args:
+        one: (B, T, m).
+        other: (B, S, m).
+        affine: whether both carry a one that is not stored.
+    """
+    products = torch.bmm(at_least_float32(one), at_least_float32(other).transpose(1, 2))
+    return products.add_(1) if affine else products
 
 
-def inner(one: Factor, other: Factor, rights: Tensor | None = None) -> Tensor:
+def inner(one: Factor, other: Factor, rights: Tensor) -> Tensor:
     r"""Frobenius inner products :math:`\langle G_i, G'_i \rangle = \sum_{ts} (l_t \cdot l'_s)(r_t \cdot r'_s)`.
 
     Args:
         one: G.
         other: G'. G itself gives the squared norms.
-        rights: ``right_products(one, other)`` where the caller has them already (layers that share their input).
+        rights: their :func:`right_products`.
 
     Returns:
         (B,).
     """
-    rights = right_products(one, other) if rights is None else rights
     return (_left_products(one, other) * rights).sum((1, 2))
+
+
+def sum_over_samples(factor: Factor, shape: torch.Size) -> Tensor:
+    r""":math:`\sum_i G_i`, without the bias.
+
+    Args:
+        factor: G.
+        shape: (n, m).
+    """
+    right = at_least_float32(factor.right).flatten(0, 1)
+    if factor.indexed:
+        return right.new_zeros(shape).index_add_(0, factor.left.flatten(), right)
+    return at_least_float32(factor.left).flatten(0, 1).T @ right
 
 
 class _Coefficients(torch.autograd.Function):
@@ -112,19 +131,20 @@ class _Coefficients(torch.autograd.Function):
         return torch.bmm(gradient * steps.view(-1, 1, 1), at_least_float32(right)).to(ctx.dtype), None, None, None
 
 
-def coefficients(factor: Factor, x: Tensor, steps: Tensor) -> Tensor:
+def coefficients(right: Tensor, affine: bool, x: Tensor, steps: Tensor) -> Tensor:
     r"""What the perturbed layer adds, in terms of the left vectors: :math:`s_i (x_{iq} \cdot r_{it})`, plus
     :math:`s_i` where a bias is part of it.
 
     Args:
-        factor: of the layer's matrix.
+        right: of the factor of the layer's matrix.
+        affine: whether the factor carries a bias.
         x: inputs of the perturbed layer (B, Q, m). The result is differentiable in x.
         steps: s (B,), of the result's type.
 
     Returns:
         (B, Q, T).
     """
-    return _Coefficients.apply(x, factor.right, steps.to(at_least_float32(x).dtype), factor.affine)
+    return _Coefficients.apply(x, right, steps.to(at_least_float32(x).dtype), affine)
 
 
 def lookup(factor: Factor, index: Tensor) -> Tensor:

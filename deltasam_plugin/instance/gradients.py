@@ -1,100 +1,114 @@
-r"""What the first pass learns about the per-instance gradients, and what the second pass takes from it.
+r"""Per-sample gradients of the first pass, and the per-sample perturbation made of them.
 
-A parameter used several times (tied embeddings, shared layers) has the SUM over its uses as gradient: entries are kept
-by parameter, the norm includes the products between uses, and each use's perturbation is made from the entries of all.
+A parameter that is used several times (tied embeddings, shared layers) has the SUM over its uses as gradient. Entries
+are therefore kept by parameter, norms include the products between uses, and the perturbation of each use is made of
+the entries of all.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from deltasam_plugin.instance.factored import Factor, coefficients, inner, lookup, right_products, step_sizes
+from deltasam_plugin.instance.factored import (
+    Factor,
+    coefficients,
+    inner,
+    lookup,
+    right_products,
+    step_sizes,
+    sum_over_samples,
+)
 from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layout import Grouping
+from deltasam_plugin.instance.memo import Memo
+from deltasam_plugin.precision import at_least_float32
 
-if TYPE_CHECKING:
-    from deltasam_plugin.instance.layers.base import RecordedCall
+
+def grouped(grouping: Grouping, rows: Tensor) -> Tensor:
+    """``grouping.group(rows)``, as a function for :class:`Memo`."""
+    return grouping.group(rows)
 
 
 class PerSampleGradients:
-    """Per-instance gradients of every parameter, factored or summed.
+    """Per-sample gradients of every parameter, factored or formed.
 
     Attributes:
         factors: of matrices, one for each use.
-        sums: the per-instance gradients themselves, (B, \\*shape), where these are small or cheaper.
+        formed: the per-sample gradients themselves, (B, \\*shape), where these are small or cheaper.
+        once: for rows that several layers read.
     """
 
     def __init__(self) -> None:
         self.factors: defaultdict[ParameterSlice, list[Factor]] = defaultdict(list)
-        self.sums: dict[ParameterSlice, Tensor] = {}
-        self._grouped: dict[int, tuple[Tensor, Grouping, Tensor]] = {}
+        self.formed: dict[ParameterSlice, Tensor] = {}
+        self.once = Memo()
 
-    def add(self, target: ParameterSlice, gradients: Tensor) -> None:
-        """Enter per-instance gradients (B, \\*shape), which become the ledger's own."""
-        if target in self.sums:
-            self.sums[target].add_(gradients)
+    def add(self, part: ParameterSlice, gradients: Tensor) -> None:
+        """Add per-sample gradients (B, \\*shape). The tensor is kept and written to."""
+        if part in self.formed:
+            self.formed[part].add_(gradients)
         else:
-            self.sums[target] = gradients
+            self.formed[part] = gradients
 
-    def grouped(self, x: Tensor, grouping: Grouping) -> Tensor:
-        """``grouping.group(x)``, one and the same tensor for layers that share their input."""
-        known = self._grouped.get(id(x))
-        if known is None or not known[1].same(grouping):
-            known = self._grouped[id(x)] = (x, grouping, grouping.group(x))
-        return known[2]
+    def totals(self, shapes: dict[ParameterSlice, torch.Size]) -> Iterator[tuple[ParameterSlice, Tensor]]:
+        """The sum over the samples of what was added: parameter slices, some repeatedly, and their gradients.
+
+        Args:
+            shapes: of the matrices that have factors.
+        """
+        for part, gradients in self.formed.items():
+            yield part, gradients.sum(0)
+        for part, factors in self.factors.items():
+            for factor in factors:
+                yield part, sum_over_samples(factor, shapes[part])
+                if factor.bias is not None:
+                    yield factor.bias, at_least_float32(factor.left).sum((0, 1))
 
     def squared_norms(self, losses: Tensor) -> Tensor:
-        r""":math:`\|g_i\|^2` over all parameters, (B,), on the losses' device."""
+        r""":math:`\|g_i\|^2` over all parameters, (B,), double precision, on the losses' device."""
         total = torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
-        for gradients in self.sums.values():
+        for gradients in self.formed.values():
             total += gradients.flatten(1).square().sum(1)
-        products: dict[tuple[int, bool], Tensor] = {}  # of inputs, which the query, key and value projections share
+        once = Memo(size=1)  # query, key and value projections have the same right vectors
         for factors in self.factors.values():
             for i, one in enumerate(factors):
-                key = id(one.right), one.affine
-                if key not in products:
-                    products.clear()
-                    products[key] = right_products(one, one)
-                total += inner(one, one, products[key])
+                total += inner(one, one, once(right_products, one.right, one.right, one.bias is not None))
                 for other in factors[i + 1 :]:
-                    total += 2 * inner(one, other)
+                    affine = one.bias is not None and other.bias is not None
+                    total += 2 * inner(one, other, right_products(one.right, other.right, affine))
         return total
 
-    def settle(self, losses: Tensor, rho: float) -> PerSamplePerturbation:
-        """The perturbation: of length rho along each instance's gradient, where that has a direction."""
+    def perturbation(self, losses: Tensor, rho: float) -> PerSamplePerturbation:
+        """The perturbation of length rho along each sample's gradient, where that has a direction. Spends `self`."""
         norms, steps = step_sizes(self.squared_norms(losses), rho)
-        if not bool(torch.isfinite(norms).all()):
-            # 0 · inf is not 0: such an instance has no perturbation, and must not reach the others' matrix products.
-            good = torch.isfinite(norms)
-            self.sums = {target: _only(good, gradients) for target, gradients in self.sums.items()}
+        finite = torch.isfinite(norms)
+        if not bool(finite.all()):
+            # 0 · inf is not 0: the factors of such a sample must not reach the others' matrix products.
+            self.formed = {part: _where(finite, gradients) for part, gradients in self.formed.items()}
             for factors in self.factors.values():
-                factors[:] = [_only_factor(good, factor) for factor in factors]
-        for gradients in self.sums.values():
+                factors[:] = [Factor(_where(finite, f.left), _where(finite, f.right), f.bias) for f in factors]
+        for gradients in self.formed.values():
             gradients.mul_(steps.to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1)))
-        self._grouped.clear()
-        return PerSamplePerturbation(norms.to(losses.dtype), steps.to(losses.dtype), dict(self.factors), self.sums)
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), self.formed)
 
 
-def _only(good: Tensor, values: Tensor) -> Tensor:
+def _where(finite: Tensor, values: Tensor) -> Tensor:
     if not values.is_floating_point():
         return values
-    return torch.where(good.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
-
-
-def _only_factor(good: Tensor, factor: Factor) -> Factor:
-    return Factor(_only(good, factor.left), _only(good, factor.right), factor.affine)
+    return torch.where(finite.view(-1, *[1] * (values.dim() - 1)), values, torch.zeros_like(values))
 
 
 class PerSamplePerturbation:
     r"""The perturbations :math:`\epsilon_i = s_i g_i` of one batch.
 
     Attributes:
-        norms: :math:`\|g_i\|` of the scaled losses, (B,).
-        steps: :math:`s_i`, (B,); 0 where the norm is zero or not finite.
+        norms: :math:`\|g_i\|` of the scaled losses, (B,), at least fp32.
+        steps: :math:`s_i`, (B,), of the same type; 0 where the norm is zero or not finite.
     """
 
     def __init__(
@@ -102,39 +116,33 @@ class PerSamplePerturbation:
         norms: Tensor,
         steps: Tensor,
         factors: dict[ParameterSlice, list[Factor]],
-        sums: dict[ParameterSlice, Tensor],
+        formed: dict[ParameterSlice, Tensor],
     ) -> None:
         self.norms, self.steps = norms, steps
-        self._factors, self._sums = factors, sums
-        self._uses = Counter((id(f.right), f.affine) for listed in factors.values() for f in listed)
-        self.sites: list[RecordedCall] = []  # of the first pass; what the second pass must repeat
-        self._shared: dict[tuple[int, int, bool], tuple[Tensor, Tensor]] = {}
+        self._factors, self._formed = factors, formed
+        self._once = Memo(size=1)
 
-    def step(self, target: ParameterSlice | None) -> Tensor | None:
+    def step(self, part: ParameterSlice | None) -> Tensor | None:
         r""":math:`s_i g_i`, (B, \*shape), where it is kept in this form."""
-        return None if target is None else self._sums.get(target)
+        return None if part is None else self._formed.get(part)
 
-    def factors(self, target: ParameterSlice | None) -> list[Factor]:
+    def factors(self, part: ParameterSlice | None) -> list[Factor]:
         """What the gradient of a matrix consists of."""
-        return [] if target is None else self._factors.get(target, [])
+        return [] if part is None else self._factors.get(part, [])
 
     def coefficients(self, factor: Factor, x: Tensor, grouping: Grouping) -> Tensor:
-        """:func:`~deltasam_plugin.instance.factored.coefficients` for input rows x (N, m), once for layers that share
-        both the input and what it is multiplied with."""
-        key = id(x), id(factor.right), factor.affine
-        if key in self._shared:
-            return self._shared[key][1]
-        found = coefficients(factor, grouping.group(x), self.steps)
-        if self._uses[key[1:]] > 1:
-            self._shared[key] = (x, found)
-        return found
+        """:func:`~deltasam_plugin.instance.factored.coefficients` for input rows x (N, m)."""
+        return self._once(self._coefficients, factor.right, factor.bias is not None, x, grouping)
 
-    def lookup(self, target: ParameterSlice | None, index: Tensor) -> Tensor | None:
+    def _coefficients(self, right: Tensor, affine: bool, x: Tensor, grouping: Grouping) -> Tensor:
+        return coefficients(right, affine, grouping.group(x), self.steps)
+
+    def lookup(self, part: ParameterSlice | None, index: Tensor) -> Tensor | None:
         r"""Rows of :math:`s_i G_i` for indices (B, Q): (B, Q, m), or None where nothing is added."""
-        found = [lookup(factor, index) for factor in self.factors(target)]
+        found = [lookup(factor, index) for factor in self.factors(part)]
         return torch.stack(found).sum(0) * self.steps.view(-1, 1, 1) if found else None
 
     def release(self) -> None:
         """Leave what backward still needs to the graph, which frees it layer by layer."""
-        self._factors, self._sums = {}, {}
-        self._shared.clear()
+        self._factors, self._formed = {}, {}
+        self._once.clear()

@@ -1,4 +1,4 @@
-r"""See every use that a forward pass makes of the weights, within a scope and without patching anything.
+r"""See every use that a forward pass makes of the parameters, within a scope and without patching anything.
 
 A :class:`torch.overrides.TorchFunctionMode` is handed every call of the public torch API while it is active. It reaches
 ``torch.nn.functional.linear`` inside modules and outside, leaves nothing behind after an exception, and belongs to one
@@ -18,22 +18,42 @@ from torch.overrides import TorchFunctionMode
 
 
 class ParameterSlice(NamedTuple):
-    """Rows start:stop of a named parameter's first dimension: all of it, or a part as in packed projections."""
+    """A named parameter, or a part of one, as in packed projections.
+
+    Attributes:
+        name: of the parameter.
+        start, stop: rows of its first dimension.
+        columns: range of its second dimension; None for all.
+    """
 
     name: str
     start: int
     stop: int
+    columns: tuple[int, int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The same part of a tensor that has the parameter's shape, a view."""
+        part = tensor[self.start : self.stop] if tensor.dim() else tensor
+        return part if self.columns is None else part[:, slice(*self.columns)]
+
+    def overlaps(self, other: ParameterSlice) -> bool:
+        """Whether two different slices have elements in common."""
+        if self == other or self.name != other.name or self.start >= other.stop or other.start >= self.stop:
+            return False
+        if self.columns is None or other.columns is None:
+            return True
+        return self.columns[0] < other.columns[1] and other.columns[0] < self.columns[1]
 
 
-# For these a parameter stays recognisable: (packed) query, key and value projections, and casts of fp16 weights.
+# A parameter stays recognizable through these: packed query, key and value projections, and casts of fp16 parameters.
 _SPLITS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split}
 _CASTS = {Tensor.float, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.double, Tensor.half, Tensor.bfloat16}
 
 
 def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same code, with the check at its head that would hand the call to the mode again switched off.
+    """The same function without its first check, which would hand the call to the mode as a whole.
 
-    torch offers composite functions to the mode as one call; this is how to see the calls inside.
+    torch offers composite functions to the mode as one call. This shows the calls inside.
     """
     namespace = {**function.__globals__, "has_torch_function": lambda _: False}
     copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
@@ -66,12 +86,12 @@ class Interception(TorchFunctionMode):
         self.frozen_uses: set[str] = set()
         self._visited = frozenset(visited)
         self._visit = visit
-        # The tensor is kept beside its parts: an id is only good as long as its object lives.
+        # The tensor is kept beside its slices: an id is only good as long as its object lives.
         self._known: dict[int, tuple[Tensor, tuple[ParameterSlice, ...]]] = {
             id(p): (p, (ParameterSlice(name, 0, p.shape[0] if p.dim() else 1),)) for name, p in parameters.items()
         }
 
-    def target(self, tensor: Tensor | None) -> ParameterSlice | None:
+    def slice_of(self, tensor: Tensor | None) -> ParameterSlice | None:
         """The parameter, or the part of one, that this tensor is; None if it is none."""
         known = self._known.get(id(tensor))
         return known[1][0] if known is not None and len(known[1]) == 1 else None
@@ -87,7 +107,7 @@ class Interception(TorchFunctionMode):
         if func in self._visited:
             result = self._visit(func, args, kwargs)
             if result is not NotImplemented:
-                self._report(func, [targets for targets in self._found(args, kwargs) if len(targets) > 1])
+                self._report(func, [slices for slices in self._found(args, kwargs) if len(slices) > 1])
                 return result
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
@@ -104,40 +124,59 @@ class Interception(TorchFunctionMode):
 
     def _report(self, func: Callable[..., Any], found: list[tuple[ParameterSlice, ...]]) -> None:
         name = getattr(func, "__name__", str(func))
-        for target in (target for targets in found for target in targets):
-            self.foreign.setdefault(target.name, f"used by {name}()")
+        for part in (part for slices in found for part in slices):
+            self.foreign.setdefault(part.name, f"used by {name}()")
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         found = self._found(args, kwargs)
         if not found:
             return
         if func in self._visited and not torch.is_grad_enabled():
-            self.frozen_uses.update(target.name for targets in found for target in targets)
+            self.frozen_uses.update(part.name for slices in found for part in slices)
         results = result if isinstance(result, list | tuple) else (result,)
         outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
         if func in _SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
             self._learn_parts(found[0], outputs)
         elif func is torch.cat and _dim(args, kwargs, 1) == 0 and len(found) == len(args[0] if args else ()):
-            self._learn(outputs[0], tuple(target for targets in found for target in targets))
+            self._learn(outputs[0], tuple(part for slices in found for part in slices))
         elif func in _CASTS and len(found) == 1 and outputs:
             self._learn(outputs[0], found[0])
+        elif func is Tensor.__getitem__ and outputs and (part := _indexed(found[0], *args)) is not None:
+            self._learn(outputs[0], (part,))
         elif func is Tensor.__setitem__ or any(output.requires_grad for output in outputs):
             self._report(func, found)
 
-    def _learn(self, tensor: Tensor, targets: tuple[ParameterSlice, ...]) -> None:
-        self._known[id(tensor)] = (tensor, targets)
+    def _learn(self, tensor: Tensor, slices: tuple[ParameterSlice, ...]) -> None:
+        self._known[id(tensor)] = (tensor, slices)
 
-    def _learn_parts(self, targets: tuple[ParameterSlice, ...], parts: list[Tensor]) -> None:
+    def _learn_parts(self, slices: tuple[ParameterSlice, ...], parts: list[Tensor]) -> None:
         begin = 0
         for part in parts:
             end, offset, inside = begin + part.shape[0], 0, []
-            for name, start, stop in targets:
+            for name, start, stop, columns in slices:
                 low, high = max(begin - offset, 0), min(end - offset, stop - start)
                 if low < high:
-                    inside.append(ParameterSlice(name, start + low, start + high))
+                    inside.append(ParameterSlice(name, start + low, start + high, columns))
                 offset += stop - start
             self._learn(part, tuple(inside))
             begin = end
+
+
+def _indexed(slices: tuple[ParameterSlice, ...], tensor: Tensor, index: Any) -> ParameterSlice | None:
+    """The slice that ``tensor[index]`` is, for one or two plain ranges; None for any other index."""
+    ranges = index if isinstance(index, tuple) else (index,)
+    if len(slices) != 1 or not 1 <= len(ranges) <= min(2, tensor.dim()):
+        return None
+    if any(not isinstance(r, slice) or r.step not in (None, 1) for r in ranges):
+        return None
+    bounds = [r.indices(size)[:2] for r, size in zip(ranges, tensor.shape)]
+    if any(low >= high for low, high in bounds):
+        return None
+    name, start, _, columns = slices[0]
+    (low, high), offset = bounds[0], 0 if columns is None else columns[0]
+    if len(bounds) == 2 and bounds[1] != (0, tensor.shape[1]):
+        columns = (offset + bounds[1][0], offset + bounds[1][1])
+    return ParameterSlice(name, start + low, start + high, columns)
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:

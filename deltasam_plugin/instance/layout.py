@@ -2,8 +2,8 @@ r"""Which rows of a layer's output belong to which sample.
 
 Sequence models move the batch about: (T, B, C) inside, (B, T, C) outside, (T·B, C) in attention's output projection,
 (B, C) in a classification head, and a list of masked positions in a masked language model's head. T may equal B. So the
-batch dimension is not guessed from sizes: the gradient of one sample's loss is non-zero in that sample's rows only, and
-this says which of the conceivable layouts hold. A layout is symbolic, and holds for later batches of other T and B.
+batch dimension is not guessed from sizes: gradients tell (see ``ownership``). A layout is symbolic and holds for later
+batches with other T and B.
 """
 
 from __future__ import annotations
@@ -15,82 +15,115 @@ from math import prod
 import torch
 from torch import Tensor
 
-# Owners of a row that several samples' losses depend on, and of one that none does. Setting further bits keeps both
-# negative, and the first stays the less.
-SEVERAL, NOBODY = -(2**62), -1
+# Owners of a row that no sample's loss depends on, and of one that several do.
+NOBODY, SEVERAL = -1, -2
 
 
 class Grouping:
-    """Rows of one call, by sample: a :class:`Layout` bound to sizes."""
+    """Rows of one call, by sample.
 
-    def __init__(self, lead: tuple[int, ...], batch: int, width: int) -> None:
-        self.lead = lead  # sizes of the leading dimensions, whose product is N
-        self.batch = batch
-        self.width = width  # T: the most rows that one sample has
+    Attributes:
+        leading_shape: sizes of the leading dimensions, whose product is N.
+        batch: B.
+        rows_per_sample: T, the most rows that one sample has.
+    """
+
+    leading_shape: tuple[int, ...]
+    batch: int
+    rows_per_sample: int
 
     def group(self, rows: Tensor) -> Tensor:
         """(N, ...) to (B, T, ...), missing rows as zeros. A view where strides allow it."""
         raise NotImplementedError
 
     def ungroup(self, grouped: Tensor) -> Tensor:
-        """(B, T, ...) to (\\*lead, ...): the inverse of :meth:`group`."""
+        """(B, T, ...) to (\\*leading_shape, ...): the inverse of :meth:`group`. Rows of no sample are zeros."""
         raise NotImplementedError
 
-    def samples(self) -> Tensor:
-        """The sample of each row, shape lead, on the CPU."""
-        return self.ungroup(torch.arange(self.batch).unsqueeze(1).expand(-1, self.width))
+    def owners(self) -> Tensor:
+        """The sample of each row, shape leading_shape, on the CPU."""
+        return self.ungroup(torch.arange(self.batch).unsqueeze(1).expand(-1, self.rows_per_sample))
+
+    @property
+    def unowned(self) -> Tensor | None:
+        """Which rows (N,) belong to no sample; None if all belong to one."""
+        return None
 
     def same(self, other: Grouping) -> bool:
         """Whether both assign every row to the same sample."""
-        return self.batch == 1 or torch.equal(self.samples(), other.samples())
+        return self == other or self.batch == 1 or torch.equal(self.owners(), other.owners())
 
 
+@dataclass(frozen=True)
 class _Strided(Grouping):
-    def __init__(self, lead: tuple[int, ...], batch: int, dim: int, outer: bool) -> None:
-        super().__init__(lead, batch, prod(lead) // batch)
-        repeats = lead[dim] // batch
+    leading_shape: tuple[int, ...]
+    batch: int
+    split: tuple[int, ...]  # the leading dimensions, with a dimension of size B
+    batch_dim: int  # of `split`
+
+    @classmethod
+    def of(cls, leading_shape: tuple[int, ...], batch: int, dim: int, outer: bool) -> _Strided:
+        repeats = leading_shape[dim] // batch
         parts: tuple[int, ...] = (batch, repeats) if outer else (repeats, batch)
         if repeats == 1:
             parts, outer = (batch,), True
-        self._split = (*lead[:dim], *parts, *lead[dim + 1 :])
-        self._batch_dim = dim if outer else dim + 1
+        split = (*leading_shape[:dim], *parts, *leading_shape[dim + 1 :])
+        return cls(leading_shape, batch, split, dim if outer else dim + 1)
 
-    def same(self, other: Grouping) -> bool:
-        if isinstance(other, _Strided) and (self._split, self._batch_dim) == (other._split, other._batch_dim):
-            return True  # the common case, at every call of every step: no tensors
-        return super().same(other)
+    @property
+    def rows_per_sample(self) -> int:  # type: ignore[override]
+        return prod(self.leading_shape) // self.batch
 
     def group(self, rows: Tensor) -> Tensor:
         rest = rows.shape[1:]
-        moved = rows.reshape(*self._split, *rest).movedim(self._batch_dim, 0)
-        return moved.reshape(self.batch, self.width, *rest)
+        moved = rows.reshape(*self.split, *rest).movedim(self.batch_dim, 0)
+        return moved.reshape(self.batch, self.rows_per_sample, *rest)
 
     def ungroup(self, grouped: Tensor) -> Tensor:
-        others = self._split[: self._batch_dim] + self._split[self._batch_dim + 1 :]
+        others = self.split[: self.batch_dim] + self.split[self.batch_dim + 1 :]
         rest = grouped.shape[2:]
-        moved = grouped.reshape(self.batch, *others, *rest).movedim(0, self._batch_dim)
-        return moved.reshape(*self.lead, *rest)
+        moved = grouped.reshape(self.batch, *others, *rest).movedim(0, self.batch_dim)
+        return moved.reshape(*self.leading_shape, *rest)
 
 
-class _Listed(Grouping):
-    def __init__(self, index: Tensor, batch: int) -> None:
-        counts = torch.bincount(index, minlength=batch)
-        super().__init__(tuple(index.shape), batch, int(counts.max()))
-        order = torch.argsort(index, stable=True)
+class Listed(Grouping):
+    """Rows in no order.
+
+    Args:
+        owners: the sample of each row, integer, shape leading_shape; negative for rows of no sample.
+        batch: B.
+    """
+
+    def __init__(self, owners: Tensor, batch: int) -> None:
+        flat = owners.flatten()
+        index = torch.where(flat < 0, batch, flat)  # rows of no sample come last, as those of a sample more
+        counts = torch.bincount(index, minlength=batch + 1)
         starts = counts.cumsum(0) - counts
+        order = torch.argsort(index, stable=True)
         positions = torch.empty_like(index)
         positions[order] = torch.arange(len(index), device=index.device) - starts[index[order]]
-        self._where = (index, positions)
+        unowned = index == batch
+        self.leading_shape, self.batch = tuple(owners.shape), batch
+        self.rows_per_sample = max(1, int(counts[:batch].max()))
+        self._unowned = unowned if bool(unowned.any()) else None
+        self._where = index, torch.where(unowned, 0, positions)
+
+    @property
+    def unowned(self) -> Tensor | None:
+        return self._unowned
 
     def group(self, rows: Tensor) -> Tensor:
-        grouped = rows.new_zeros(self.batch, self.width, *rows.shape[1:])
-        return grouped.index_put(self._where, rows)
+        grouped = rows.new_zeros(self.batch + 1, self.rows_per_sample, *rows.shape[1:])
+        return grouped.index_put(self._where, rows)[: self.batch]
 
     def ungroup(self, grouped: Tensor) -> Tensor:
-        return grouped[self._where]
+        if self._unowned is not None:
+            grouped = torch.cat([grouped, torch.zeros_like(grouped[:1])])
+        return grouped[self._where].reshape(*self.leading_shape, *grouped.shape[2:])
 
-    def samples(self) -> Tensor:
-        return self._where[0].cpu()
+    def owners(self) -> Tensor:
+        index = self._where[0].cpu()
+        return torch.where(index == self.batch, NOBODY, index).reshape(self.leading_shape)
 
 
 @dataclass(frozen=True)
@@ -107,20 +140,20 @@ class Layout:
     outer: bool = True
     listed: int | None = None
 
-    def bind(self, lead: tuple[int, ...], batch: int, rows: Sequence[Tensor]) -> Grouping | None:
+    def bind(self, leading_shape: tuple[int, ...], batch: int, rows: Sequence[Tensor]) -> Grouping | None:
         """The rows of a call with these sizes, or None where the layout is impossible.
 
         Args:
-            lead: sizes of the call's leading dimensions.
+            leading_shape: of the call.
             batch: B.
             rows: lists of the sample of each row (N,), from the caller.
         """
         if self.listed is not None:
-            fits = self.listed < len(rows) and lead == tuple(rows[self.listed].shape)
-            return _Listed(rows[self.listed], batch) if fits else None
-        if self.dim >= len(lead) or lead[self.dim] == 0 or lead[self.dim] % batch:
+            fits = self.listed < len(rows) and leading_shape == tuple(rows[self.listed].shape)
+            return Listed(rows[self.listed], batch) if fits else None
+        if self.dim >= len(leading_shape) or leading_shape[self.dim] == 0 or leading_shape[self.dim] % batch:
             return None
-        return _Strided(lead, batch, self.dim, self.outer)
+        return _Strided.of(leading_shape, batch, self.dim, self.outer)
 
 
 def conceivable(rank: int, lists: int) -> list[Layout]:
@@ -144,4 +177,4 @@ def consistent(grouping: Grouping, owners: Tensor) -> bool:
         owners: sample of each row (N,), NOBODY where it is not known.
     """
     known = owners != NOBODY
-    return bool((grouping.samples().flatten()[known] == owners[known]).all())
+    return bool((grouping.owners().flatten()[known] == owners[known]).all())

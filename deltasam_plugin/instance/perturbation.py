@@ -43,20 +43,21 @@ class InstancePerturbation:
         def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
             nonlocal tape, losses
             with torch.enable_grad():
-                correction = self._engine.solve(tape, losses, scale)
+                solution = self._engine.solve(tape, losses, scale)
             del tape, losses  # frees what is left of the first graph
-            moved = correction.steps > 0
-            norms = torch.where(moved, correction.norms / scale.abs(), 0)
+            norms, steps = solution.perturbation.norms, solution.perturbation.steps
+            moved = steps > 0
+            norms_at_w = torch.where(moved, norms / scale.abs(), 0)
             statistics.fill(
                 ess=torch.ones(()),
                 weight_max=torch.ones(()),
-                ascent_gnorm=norms.mean(),
-                ascent_gnorm_std=norms.std(correction=0),
+                ascent_gnorm=norms_at_w.mean(),
+                ascent_gnorm_std=norms_at_w.std(correction=0),
                 eps_norm=self._engine.rho * moved.any(),
                 skipped=~moved.any(),
             )
-            overflowed = ~torch.isfinite(correction.norms).all()
-            with self._engine.perturbed(correction):
+            overflowed = ~torch.isfinite(norms).all()
+            with self._engine.perturbed(solution):
                 yield torch.where(overflowed, torch.inf, scale) if torch.float16 in dtypes else scale
 
         return objective.loss.detach(), ascend

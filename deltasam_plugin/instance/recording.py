@@ -1,137 +1,132 @@
-"""The first pass, recorded."""
+"""The calls of one pass: identified in both passes, recorded in the first."""
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from deltasam_plugin.instance.coverage import Coverage
-from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.interception import Interception, ParameterSlice
 from deltasam_plugin.instance.layers import LAYERS
-from deltasam_plugin.instance.layers.base import Layer, RecordedCall
-from deltasam_plugin.loss import nodes_of
+from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
+from deltasam_plugin.instance.memo import Memo
+
+Handle = Callable[[Layer, CallArguments, CallKey, Tensor], Tensor]
 
 
-class _Root(torch.autograd.Function):
-    """Identity that makes the output of a first layer reachable in a backward pass to the tape's token."""
+def intercept_layers(parameters: Mapping[str, Tensor], handle: Handle, once: Memo) -> Interception:
+    """Hand every differentiable call of a known kind of layer with a known parameter to `handle`.
 
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, token: Tensor) -> Tensor:
-        return y.clone()
+    Args:
+        parameters: by name.
+        handle: called as ``handle(layer, arguments, key, x)`` with ``x = layer.rows(arguments.x)``, one tensor for all
+            layers that read the same input. Returns the result of ``layer.run``.
+        once: for these rows. The caller clears it once the pass is over.
+    """
+    uses: Counter[tuple[Any, ...]] = Counter()
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return gradient, gradient.new_zeros(())
+    def visit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        layer = LAYERS[func]
+        arguments = layer.read(*args, **kwargs)
+        if arguments is None or not torch.is_grad_enabled():
+            return NotImplemented
+        weight, bias = interception.slice_of(arguments.weight), interception.slice_of(arguments.bias)
+        if weight is None and bias is None:
+            return NotImplemented
+        use = layer.name, weight, bias
+        key = CallKey(*use, uses[use], len(arguments.leading_shape))
+        uses[use] += 1
+        return layer.finish(arguments, handle(layer, arguments, key, once(layer.rows, arguments.x)))
+
+    interception = Interception(parameters, LAYERS, visit)
+    return interception
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    """A call in the first pass.
+
+    Attributes:
+        layer: what was called.
+        key: names the call from pass to pass.
+        leading_shape: sizes of its leading dimensions.
+        options: as in the call.
+        weight_shape: of the weight; empty if there is none.
+        x: input rows, detached.
+        output: where the result stands in the graph.
+        dtype: of the result.
+    """
+
+    layer: Layer
+    key: CallKey
+    leading_shape: tuple[int, ...]
+    options: tuple[Any, ...]
+    weight_shape: torch.Size
+    x: Tensor
+    output: GradientEdge
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> list[ParameterSlice]:
+        """The parameters that the call uses."""
+        return [part for part in (self.key.weight, self.key.bias) if part is not None]
 
 
 class Tape:
-    """The calls of one first pass, in order. Made by :meth:`InstanceEngine.recording`."""
+    """The calls of one first pass. Made by :meth:`InstanceEngine.recording`.
 
-    def __init__(self, parameters: dict[str, nn.Parameter], coverage: Coverage, rows: Sequence[Tensor]) -> None:
+    Attributes:
+        calls: in order, recorded while the context of :meth:`running` is active.
+        rows: lists of the sample of each row, from the caller.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], rows: Sequence[Tensor]) -> None:
         self.rows = rows
-        self.sites: list[RecordedCall] = []
-        self.token: Tensor | None = None
-        self.probed: dict[int, Tensor] | None = None
-        self.ledger = PerSampleGradients()
-        self._coverage = coverage
-        self._inputs = Inputs()
-        self._uses: defaultdict[tuple[Any, ...], int] = defaultdict(int)
-        self._outputs: set[Any] = set()  # nodes of the graph: where calls ended,
-        self._before: set[Any] = set()  # and those that no call leads to
-        self.interception = Interception(parameters, LAYERS, self._visit)
+        self.calls: list[RecordedCall] = []
+        self._once = Memo()
+        self._interception = intercept_layers(parameters, self._record, self._once)
 
-    def _visit(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        operation = LAYERS[func]
-        call = operation.read(*args, **kwargs)
-        if call is None or not torch.is_grad_enabled():
-            return NotImplemented
-        weight, bias = self.interception.target(call.weight), self.interception.target(call.bias)
-        if weight is None and bias is None:
-            return NotImplemented
-        x = self._inputs.rows(operation, call.x)
-        y = operation.run(call, x)
-        if not self._follows(call.x):
-            if self.token is None:
-                self.token = torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
-            y = _Root.apply(y, self.token)
-        use = operation.name, weight, bias
-        key = (*use, self._uses[use], len(call.lead))
-        self._uses[use] += 1
-        weight = weight if weight is None or self._coverage.covers(weight) else None
-        bias = bias if bias is None or self._coverage.covers(bias) else None
-        shape = torch.Size(()) if call.weight is None else call.weight.shape
-        site = RecordedCall(operation, weight, bias, key, call.lead, call.options, shape, self._inputs.detached(x))
-        index = len(self.sites)
-        self.sites.append(site)
-        y.register_hook(lambda gradient: self._arrive(index, gradient))
-        self._outputs.add(y.grad_fn)
-        return operation.finish(call, y)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """To be entered around the pass."""
+        try:
+            with self._interception:
+                yield
+        finally:
+            self._once.clear()
 
-    def _follows(self, x: Tensor) -> bool:
-        """Whether x was computed from the output of an earlier call; the graph is searched back to the next ones."""
-        passed = []
-        for node in nodes_of(x, self._before):
-            if node in self._outputs:
-                return True
-            passed.append(node)
-        self._before.update(passed)
-        return False
-
-    def _arrive(self, index: int, gradient: Tensor) -> None:
-        if self.probed is not None:
-            self.probed[index] = gradient
-            return
-        site = self.sites[index]
-        if site.grouping is not None:
-            site.operation.contribute(site, gradient.detach(), self.ledger)
-        site.x = None
-
-    def end(self) -> None:
-        """The forward pass is over."""
-        self._inputs = Inputs()
-        self._outputs, self._before = set(), set()
+    def _record(self, layer: Layer, arguments: CallArguments, key: CallKey, x: Tensor) -> Tensor:
+        y = layer.run(arguments, x)
+        shape = torch.Size(()) if arguments.weight is None else arguments.weight.shape
+        detached = self._once(Tensor.detach, x)
+        call = RecordedCall(
+            layer, key, arguments.leading_shape, arguments.options, shape, detached, get_gradient_edge(y), y.dtype
+        )
+        self.calls.append(call)
+        return y
 
     def misused(self) -> dict[str, str]:
         """Parameters with uses that have no perturbed form, with the reason."""
-        found = dict(self.interception.foreign)
+        found = dict(self._interception.foreign)
         parts: defaultdict[str, set[ParameterSlice]] = defaultdict(set)
-        roles: defaultdict[str, set[str]] = defaultdict(set)
-        for site in self.sites:
-            for target, role in ((site.weight, site.operation.role), (site.bias, "vector")):
-                if target is not None:
-                    parts[target.name].add(target)
-                    roles[target.name].add(role)
-        for name, targets in parts.items():
-            ordered = sorted(targets)
-            if any(one.stop > other.start for one, other in itertools.pairwise(ordered)):
+        kinds: defaultdict[str, set[str]] = defaultdict(set)
+        for call in self.calls:
+            for part, kind in ((call.key.weight, call.layer.weight_kind), (call.key.bias, "vector")):
+                if part is not None:
+                    parts[part.name].add(part)
+                    kinds[part.name].add(kind)
+        for name, slices in parts.items():
+            if any(one.overlaps(other) for one, other in combinations(slices, 2)):
                 found.setdefault(name, "used whole and in parts")
-            if len(roles[name]) > 1:
+            if len(kinds[name]) > 1:
                 found.setdefault(name, "used in layers of different kinds")
-            if name in self.interception.frozen_uses:
+            if name in self._interception.frozen_uses:
                 found.setdefault(name, "used with and without gradient")
         return found
-
-
-class Inputs:
-    """Inputs as rows, and detached: one tensor each for all layers that read the same input."""
-
-    def __init__(self) -> None:
-        self._rows: dict[tuple[int, int, str], tuple[Tensor, Tensor]] = {}
-        self._detached: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def rows(self, operation: Layer, x: Tensor) -> Tensor:
-        key = id(x), x._version, operation.name
-        if key not in self._rows:
-            self._rows[key] = (x, operation.rows(x))
-        return self._rows[key][1]
-
-    def detached(self, x: Tensor) -> Tensor:
-        if id(x) not in self._detached:
-            self._detached[id(x)] = (x, x.detach())
-        return self._detached[id(x)][1]

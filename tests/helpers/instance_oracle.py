@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.instance import InstanceEngine, PerSamplePerturbation
+from deltasam_plugin.instance import InstanceEngine
+from deltasam_plugin.instance.gradients import PerSamplePerturbation
 
 Losses = Callable[[], Tensor]  # replays its random numbers itself
 
@@ -53,10 +54,10 @@ def engine_gradients(
     """Σᵢ gᵢ(w + ρgᵢ/‖gᵢ‖) by the engine."""
     with engine.recording(rows) as tape:
         first = losses()
-    correction = engine.solve(tape, first, scale)
-    with engine.perturbed(correction):
+    solution = engine.solve(tape, first, scale)
+    with engine.perturbed(solution):
         second = losses().sum()
-    return gradients(second, parameters), correction
+    return gradients(second, parameters), solution.perturbation
 
 
 def correction_error(

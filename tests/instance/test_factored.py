@@ -18,8 +18,11 @@ from deltasam_plugin.instance.factored import (
     forming_is_cheaper,
     inner,
     lookup,
+    right_products,
     step_sizes,
+    sum_over_samples,
 )
+from deltasam_plugin.instance.interception import ParameterSlice
 
 B, N, M = 2, 5, 3  # samples, outputs, inputs
 
@@ -40,24 +43,34 @@ def factors(draw: st.DrawFn, affine: bool = False) -> Factor:
     """A use by a linear layer, or by an embedding."""
     rows = draw(st.integers(1, 4))
     left = draw(integers(B, rows, N) if affine or draw(st.booleans()) else indices(B, rows))
-    return Factor(left, draw(integers(B, rows, M)), affine)
+    return Factor(left, draw(integers(B, rows, M)), ParameterSlice("bias", 0, N) if affine else None)
 
 
 def dense(factor: Factor) -> Tensor:
     """G (B, n, m), with a last column for the bias where there is one."""
     left = torch.nn.functional.one_hot(factor.left, N).double() if factor.indexed else factor.left
-    right = torch.cat([factor.right, torch.ones(*factor.right.shape[:2], 1)], 2) if factor.affine else factor.right
+    right = torch.cat([factor.right, torch.ones(*factor.right.shape[:2], 1)], 2) if factor.bias else factor.right
     return torch.einsum("btn,btm->bnm", left, right)
+
+
+def products(one: Factor, other: Factor) -> Tensor:
+    affine = one.bias is not None and other.bias is not None
+    return inner(one, other, right_products(one.right, other.right, affine))
 
 
 @given(factors(), factors())
 def test_inner_products_are_those_of_the_matrices(one: Factor, other: Factor) -> None:
-    assert torch.equal(inner(one, other), (dense(one) * dense(other)).sum((1, 2)))
+    assert torch.equal(products(one, other), (dense(one) * dense(other)).sum((1, 2)))
 
 
 @given(factors(affine=True), factors(affine=True))
 def test_inner_products_include_the_bias(one: Factor, other: Factor) -> None:
-    assert torch.equal(inner(one, other), (dense(one) * dense(other)).sum((1, 2)))
+    assert torch.equal(products(one, other), (dense(one) * dense(other)).sum((1, 2)))
+
+
+@given(factors())
+def test_the_sum_over_the_samples(factor: Factor) -> None:
+    assert torch.equal(sum_over_samples(factor, torch.Size((N, M))), dense(factor).sum(0))
 
 
 @given(factors())
@@ -69,9 +82,9 @@ def test_forming(factor: Factor) -> None:
 @given(st.booleans().flatmap(lambda affine: factors(affine)), integers(B, 4, M), integers(B, 4, N), integers(B))
 def test_perturbed_output_and_its_derivative(factor: Factor, x: Tensor, towards: Tensor, steps: Tensor) -> None:
     x = x.requires_grad_()
-    weights = coefficients(factor, x, steps)
+    weights = coefficients(factor.right, factor.bias is not None, x, steps)
     y = expand_into(torch.ones(B, 4, N).double(), weights.detach(), factor.left)
-    extended = torch.cat([x, torch.ones(B, 4, 1)], 2) if factor.affine else x
+    extended = torch.cat([x, torch.ones(B, 4, 1)], 2) if factor.bias else x
     perturbation = steps.view(-1, 1, 1) * dense(factor)
     assert torch.equal(y, 1 + torch.einsum("bnm,bqm->bqn", perturbation, extended))
     (found,) = torch.autograd.grad(weights, x, contract(towards, factor.left))

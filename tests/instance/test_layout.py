@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltasam_plugin.instance.layout import NOBODY, Layout, agreed, conceivable, consistent
+from deltasam_plugin.instance.layout import NOBODY, Layout, Listed, agreed, conceivable, consistent
 
 WIDTH = 2
 
@@ -41,7 +41,7 @@ def test_rows_are_grouped_by_their_sample(call: tuple[Layout, tuple[int, ...], i
     assert grouping is not None
     expected = owners(layout, lead, batch)
     rows = torch.arange(len(expected) * WIDTH).view(-1, WIDTH)
-    assert torch.equal(grouping.samples().flatten(), expected)
+    assert torch.equal(grouping.owners().flatten(), expected)
     grouped = grouping.group(rows)
     for sample in range(batch):
         assert {tuple(r) for r in grouped[sample].tolist()} == {tuple(r) for r in rows[expected == sample].tolist()}
@@ -76,7 +76,7 @@ def test_what_gradients_leave_open_does_not_matter(
         grouping = candidate.bind(lead, batch, [])
         if grouping is not None and consistent(grouping, seen):
             survivors.append(candidate)
-            assert torch.equal(grouping.samples().flatten()[known], true[known])
+            assert torch.equal(grouping.owners().flatten()[known], true[known])
     assert layout in survivors
 
 
@@ -85,8 +85,20 @@ def test_square_batches_are_ambiguous_until_gradients_tell(call: tuple[Layout, t
     _, lead, batch = call
     groupings = [g for g in (c.bind(lead, batch, []) for c in conceivable(len(lead), 0)) if g is not None]
     together = agreed(groupings)
-    everyone = {tuple(g.samples().flatten().tolist()) for g in groupings}
+    everyone = {tuple(g.owners().flatten().tolist()) for g in groupings}
     assert (together is not None) == (len(everyone) == 1)
+
+
+@given(st.lists(st.integers(-1, 3), min_size=1, max_size=9))
+def test_rows_of_no_sample_are_left_out(listed: list[int]) -> None:
+    owners = torch.tensor(listed)
+    rows = torch.arange(1.0, len(listed) * WIDTH + 1).view(-1, WIDTH)
+    grouping = Listed(owners, 4)
+    owned = owners >= 0
+    assert torch.equal(grouping.owners(), owners)
+    assert torch.equal(grouping.ungroup(grouping.group(rows)), rows * owned.unsqueeze(1))
+    assert torch.equal(grouping.group(rows).sum((0, 1)), rows[owned].sum(0))
+    assert (grouping.unowned is None) == bool(owned.all())
 
 
 def test_no_grouping_agrees_with_nothing() -> None:

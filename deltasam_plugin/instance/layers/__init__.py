@@ -1,4 +1,7 @@
-"""The layers whose perturbed form is known: one file for each kind, and the table of the functions that call them."""
+"""The layers whose perturbed form is known: one file for each kind, and the table of the functions that call them.
+
+A new kind of layer is a subclass of :class:`~deltasam_plugin.instance.layers.base.Layer` and a line in this table.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,20 +12,19 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from deltasam_plugin.instance.layers.base import Layer
-from deltasam_plugin.instance.layers.bias import Addition
 from deltasam_plugin.instance.layers.convolution import Convolution
+from deltasam_plugin.instance.layers.elementwise import Addition, Scaling
 from deltasam_plugin.instance.layers.embedding import Embedding
-from deltasam_plugin.instance.layers.layer_norm import LayerNorm
+from deltasam_plugin.instance.layers.layer_norm import LayerNorm, RMSNorm
 from deltasam_plugin.instance.layers.linear import Linear
 
-_ADDITION = Addition()
-
 LAYERS: dict[Callable[..., Any], Layer] = {
-    torch.add: _ADDITION,
-    Tensor.add: _ADDITION,
     F.linear: Linear(),
     F.embedding: Embedding(),
     F.layer_norm: LayerNorm(),
+    F.rms_norm: RMSNorm(),
     F.conv1d: Convolution("conv1d", F.conv1d, conv1d_weight),
     F.conv2d: Convolution("conv2d", F.conv2d, conv2d_weight),
+    **dict.fromkeys((torch.add, Tensor.add), Addition()),
+    **dict.fromkeys((torch.mul, Tensor.mul), Scaling()),
 }

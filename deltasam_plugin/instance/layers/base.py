@@ -1,7 +1,7 @@
 r"""What the engine has to know of a kind of layer.
 
-Each is described by four things: how a call is read, what rows it runs on, what an output gradient says about the
-per-instance gradients of its weights, and what a second pass adds to its output:
+Each kind is described by four things: how a call is read, which rows it runs on, which per-sample gradients an output
+gradient stands for, and what a second pass adds to the output:
 
 .. math::
     \text{linear:}\quad & y = (W + s_i G_i) x + b + s_i g^b_i \\
@@ -9,14 +9,14 @@ per-instance gradients of its weights, and what a second pass adds to its output
     \text{layer norm:}\quad & y = (w + s_i g^w_i) \circ \hat x + b + s_i g^b_i \\
     \text{convolution:}\quad & y = (W + s_i G_i) * x + b + s_i g^b_i
 
-What is added is differentiable in x and constant in everything else, so that an ordinary backward pass of the perturbed
-loss gives :math:`\sum_i \nabla\ell_i(w + s_i g_i)`.
+What is added is differentiable in x and constant in everything else. An ordinary backward pass of the perturbed loss
+therefore gives :math:`\sum_i \nabla\ell_i(w + s_i g_i)`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,90 +26,118 @@ from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layout import Grouping
 
 
-@dataclass
+@dataclass(frozen=True)
 class CallArguments:
-    """A call, read.
+    """The arguments of a call.
 
     Attributes:
-        x: its input.
+        x: the input.
         weight: or None.
         bias: or None.
-        lead: sizes of the leading dimensions of x, one row of the output for each of their entries.
+        leading_shape: sizes of the leading dimensions of x. The output has one row for each of their entries.
         options: what else is needed to run it.
     """
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
-    lead: tuple[int, ...]
+    leading_shape: tuple[int, ...]
     options: tuple[Any, ...] = ()
 
 
-@dataclass
-class RecordedCall:
-    """A call in the first pass.
+class CallKey(NamedTuple):
+    """Names a call from pass to pass: which layer, which parameters, the number of such calls before it, and how many
+    leading dimensions."""
+
+    layer: str
+    weight: ParameterSlice | None
+    bias: ParameterSlice | None
+    use: int
+    rank: int
+
+    def __str__(self) -> str:
+        return f"{self.layer}({', '.join(part.name for part in (self.weight, self.bias) if part is not None)})"
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """A recorded call, and how it is perturbed.
 
     Attributes:
-        operation: what was called.
-        weight: the parameter or part of one, None where it is not perturbed.
-        bias: likewise.
-        key: names the call from pass to pass.
-        lead: sizes of the leading dimensions.
+        layer: its kind.
+        key: its name.
+        leading_shape: sizes of its leading dimensions.
         options: as in the call.
-        shape: of the weight.
-        x: input rows, detached; None once spent.
-        grouping: of the rows by sample, once known.
-        formed: whether the per-instance gradient of the weight is formed and not kept as factors.
+        weight_shape: of the weight; empty if there is none.
+        weight: what is perturbed of it, or None.
+        bias: likewise.
+        grouping: of its rows, by sample.
+        formed: whether the per-sample gradients of the weight are formed, not kept as factors.
         affine: whether the bias is part of the weight's factor.
     """
 
-    operation: Layer
+    layer: Layer
+    key: CallKey
+    leading_shape: tuple[int, ...]
+    options: tuple[Any, ...]
+    weight_shape: torch.Size
     weight: ParameterSlice | None
     bias: ParameterSlice | None
-    key: tuple[Any, ...]
-    lead: tuple[int, ...]
-    options: tuple[Any, ...]
-    shape: torch.Size
-    x: Tensor | None
-    grouping: Grouping | None = None
+    grouping: Grouping
     formed: bool = False
     affine: bool = False
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether any parameter of it is."""
+        return self.weight is not None or self.bias is not None
 
 
 class Layer:
     """One kind of layer."""
 
     name: str
-    role: str  # of the weight: "matrix", "filter" or "vector"
+    weight_kind: str  # "matrix", "filter" or "vector"
 
     def read(self, *args: Any, **kwargs: Any) -> CallArguments | None:
         """The call's arguments, None for variants that are not covered."""
         raise NotImplementedError
 
     def rows(self, x: Tensor) -> Tensor:
-        """x as the operation takes it."""
+        """x as the layer takes it."""
         return x
 
-    def run(self, call: CallArguments, x: Tensor) -> Tensor:
-        """Run it on ``rows(x)``. The result is no view, so that it can be written to."""
+    def run(self, arguments: CallArguments, x: Tensor) -> Tensor:
+        """Run it on ``rows(x)``. The result is not a view and may be written to."""
         raise NotImplementedError
 
-    def finish(self, call: CallArguments, y: Tensor) -> Tensor:
+    def finish(self, arguments: CallArguments, y: Tensor) -> Tensor:
         """The result of :meth:`run` in the shape that the caller expects."""
         return y
 
-    def touched(self, gradient: Tensor, rows: int) -> Tensor:
-        """Which rows (N,) a gradient of the result of :meth:`run` is non-zero in."""
-        return gradient.reshape(rows, -1).ne(0).any(1)
+    def accumulate(self, call: PlannedCall, x: Tensor, gradient: Tensor, gradients: PerSampleGradients) -> None:
+        """Add the per-sample gradients of the call's parameters.
 
-    def dense(self, site: RecordedCall, gradient: Tensor) -> dict[ParameterSlice, Tensor]:
-        """The ordinary weight gradients that belong to an output gradient, by target."""
+        Args:
+            call: with at least one parameter that is perturbed.
+            x: ``rows(x)`` of the first pass, detached.
+            gradient: of the losses' sum with respect to the result of :meth:`run`.
+            gradients: where to add.
+        """
         raise NotImplementedError
 
-    def contribute(self, site: RecordedCall, gradient: Tensor, ledger: PerSampleGradients) -> None:
-        """Enter the per-instance gradients that belong to an output gradient."""
+    def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
+        """Add to y, in place, what the perturbation of the parameters adds.
+
+        Args:
+            call: with at least one parameter that is perturbed.
+            x: ``rows(x)`` of the second pass.
+            y: the result of :meth:`run`.
+            perturbation: of all parameters.
+        """
         raise NotImplementedError
 
-    def correct(self, site: RecordedCall, x: Tensor, y: Tensor, correction: PerSamplePerturbation) -> Tensor:
-        """Add to y, in place, what the perturbation of the weights adds."""
-        raise NotImplementedError
+
+def added_to(y: Tensor, call: PlannedCall, added: Tensor) -> Tensor:
+    """y plus what is added to each sample's rows, (B, T, ...), in place."""
+    return y.add_(call.grouping.ungroup(added).reshape(y.shape).to(y.dtype))

@@ -8,15 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
-from deltasam_plugin.instance.interception import ParameterSlice
-from deltasam_plugin.instance.layers.base import CallArguments, Layer, RecordedCall
+from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall, added_to
 from deltasam_plugin.precision import at_least_float32
 
 
 class Convolution(Layer):
     """W * x + b with a filter W (n, m, ...).
 
-    Sequences are long and filters small: the per-instance gradient is formed, and a grouped convolution applies it.
+    Sequences are long and filters small. The per-sample gradient is formed, and a grouped convolution applies it.
 
     Args:
         name: of the function.
@@ -24,7 +23,7 @@ class Convolution(Layer):
         weight_gradient: of its filter, from torch.nn.grad.
     """
 
-    role = "filter"
+    weight_kind = "filter"
 
     def __init__(self, name: str, function: Callable[..., Tensor], weight_gradient: Callable[..., Tensor]) -> None:
         self.name, self.function, self.weight_gradient = name, function, weight_gradient
@@ -43,49 +42,35 @@ class Convolution(Layer):
             return None
         return CallArguments(input, weight, bias, (input.shape[0],), (stride, padding, dilation, groups))
 
-    def run(self, call: CallArguments, x: Tensor) -> Tensor:
-        return self.function(x, call.weight, call.bias, *call.options)
+    def run(self, arguments: CallArguments, x: Tensor) -> Tensor:
+        return self.function(x, arguments.weight, arguments.bias, *arguments.options)
 
     @staticmethod
-    def _side_by_side(x: Tensor) -> Tensor:
-        """(B, C, ...) as one sample of B·C channels: a grouped convolution has a filter for each sample."""
-        return x.flatten(0, 1).unsqueeze(0)
+    def _side_by_side(call: PlannedCall, inputs: Tensor) -> Tensor:
+        """Inputs (N, C, ...) as one of B·T·C channels: a grouped convolution has a filter for each."""
+        return call.grouping.group(at_least_float32(inputs)).flatten(0, 2).unsqueeze(0)
 
-    def dense(self, site: RecordedCall, gradient: Tensor) -> dict[ParameterSlice, Tensor]:
-        assert site.x is not None
-        found = {}
-        if site.weight is not None:
-            found[site.weight] = self.weight_gradient(site.x, site.shape, gradient, *site.options)
-        if site.bias is not None:
-            found[site.bias] = at_least_float32(gradient).transpose(0, 1).flatten(1).sum(1)
-        return found
+    def accumulate(self, call: PlannedCall, x: Tensor, gradient: Tensor, gradients: PerSampleGradients) -> None:
+        batch, inputs = call.grouping.batch, call.grouping.rows_per_sample
+        stride, padding, dilation, groups = call.options
+        if call.weight is not None:
+            joint, towards = (self._side_by_side(call, t) for t in (x, gradient))
+            shape = (batch * inputs * call.weight_shape[0], *call.weight_shape[1:])
+            formed = self.weight_gradient(joint, shape, towards, stride, padding, dilation, batch * inputs * groups)
+            gradients.add(call.weight, formed.view(batch, inputs, *call.weight_shape).sum(1))
+        if call.bias is not None:
+            gradients.add(call.bias, call.grouping.group(at_least_float32(gradient).flatten(2).sum(2)).sum(1))
 
-    def contribute(self, site: RecordedCall, gradient: Tensor, ledger: PerSampleGradients) -> None:
-        assert site.grouping is not None
-        assert site.x is not None
-        batch, (stride, padding, dilation, groups) = site.grouping.batch, site.options
-        if site.grouping.width != 1:
-            raise RuntimeError(
-                f"Per-instance perturbation: {self.name}() runs on {site.lead[0]} inputs for {batch} samples. Must be "
-                'one each. Otherwise choose --sam-perturbation batch (perturbation="batch" in Python).'
-            )
-        if site.weight is not None:
-            x, towards = (self._side_by_side(at_least_float32(t)) for t in (site.x, gradient))
-            shape = (batch * site.shape[0], *site.shape[1:])
-            formed = self.weight_gradient(x, shape, towards, stride, padding, dilation, batch * groups)
-            ledger.add(site.weight, formed.view(batch, *site.shape))
-        if site.bias is not None:
-            ledger.add(site.bias, at_least_float32(gradient).flatten(2).sum(2))
-
-    def correct(self, site: RecordedCall, x: Tensor, y: Tensor, correction: PerSamplePerturbation) -> Tensor:
-        weight, bias = correction.step(site.weight), correction.step(site.bias)
-        stride, padding, dilation, groups = site.options
+    def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
+        weight, bias = perturbation.step(call.weight), perturbation.step(call.bias)
+        batch, inputs = call.grouping.batch, call.grouping.rows_per_sample
+        stride, padding, dilation, groups = call.options
         if weight is not None:
-            filters = weight.flatten(0, 1)
-            assert site.grouping is not None
-            joint = self._side_by_side(at_least_float32(x))
-            added = self.function(joint, filters, None, stride, padding, dilation, site.grouping.batch * groups)
-            y = y.add_(added.reshape(y.shape).to(y.dtype))
+            filters = weight.unsqueeze(1).expand(-1, inputs, *call.weight_shape).flatten(0, 2)
+            joint = self._side_by_side(call, x)
+            added = self.function(joint, filters, None, stride, padding, dilation, batch * inputs * groups)
+            y = added_to(y, call, added.view(batch, inputs, *y.shape[1:]))
         if bias is not None:
-            y = y.add_(bias.view(*bias.shape, *[1] * (y.dim() - 2)).to(y.dtype))
+            rows = bias.view(batch, 1, -1, *[1] * (y.dim() - 2)).expand(-1, inputs, *y.shape[1:])
+            y = added_to(y, call, rows)
         return y

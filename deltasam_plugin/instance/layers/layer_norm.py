@@ -1,4 +1,4 @@
-"""Layer normalization."""
+"""Layer and root-mean-square normalization, y = w ∘ x̂ + b."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
-from deltasam_plugin.instance.interception import ParameterSlice
-from deltasam_plugin.instance.layers.base import CallArguments, Layer, RecordedCall
+from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall, added_to
 from deltasam_plugin.precision import at_least_float32
 
 
 class LayerNorm(Layer):
-    """w ∘ x̂ + b."""
+    """w ∘ x̂ + b with x̂ of mean 0 and variance 1."""
 
-    name, role = "layer_norm", "vector"
+    name, weight_kind = "layer_norm", "vector"
 
     def read(
         self,
@@ -26,43 +25,52 @@ class LayerNorm(Layer):
         eps: float = 1e-5,
     ) -> CallArguments | None:
         shape = tuple(normalized_shape)
-        lead = tuple(input.shape[: input.dim() - len(shape)]) or (1,)
-        return CallArguments(input, weight, bias, lead, (shape, eps))
+        leading_shape = tuple(input.shape[: input.dim() - len(shape)]) or (1,)
+        return CallArguments(input, weight, bias, leading_shape, (shape, eps))
 
-    def run(self, call: CallArguments, x: Tensor) -> Tensor:
+    def run(self, arguments: CallArguments, x: Tensor) -> Tensor:
+        shape, eps = arguments.options
+        return F.layer_norm(x, shape, arguments.weight, arguments.bias, eps)
+
+    def normalized(self, x: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
+        """x̂."""
+        return F.layer_norm(x, shape, None, None, eps)
+
+    def accumulate(self, call: PlannedCall, x: Tensor, gradient: Tensor, gradients: PerSampleGradients) -> None:
         shape, eps = call.options
-        return F.layer_norm(x, shape, call.weight, call.bias, eps)
+        gradient = at_least_float32(gradient).reshape(-1, *shape)
+        if call.weight is not None:
+            products = gradient * self.normalized(at_least_float32(x), shape, eps).reshape(-1, *shape)
+            gradients.add(call.weight, call.grouping.group(products).sum(1))
+        if call.bias is not None:
+            gradients.add(call.bias, call.grouping.group(gradient).sum(1))
 
-    def _normalized(self, site: RecordedCall, x: Tensor) -> Tensor:
-        shape, eps = site.options
-        return F.layer_norm(at_least_float32(x), shape, None, None, eps).reshape(-1, *shape)
-
-    def _products(self, site: RecordedCall, gradient: Tensor) -> dict[ParameterSlice, Tensor]:
-        assert site.x is not None
-        gradient = at_least_float32(gradient).reshape(-1, *site.options[0])
-        found = {}
-        if site.weight is not None:
-            found[site.weight] = gradient * self._normalized(site, site.x)
-        if site.bias is not None:
-            found[site.bias] = gradient
-        return found
-
-    def dense(self, site: RecordedCall, gradient: Tensor) -> dict[ParameterSlice, Tensor]:
-        return {target: products.sum(0) for target, products in self._products(site, gradient).items()}
-
-    def contribute(self, site: RecordedCall, gradient: Tensor, ledger: PerSampleGradients) -> None:
-        assert site.grouping is not None
-        for target, products in self._products(site, gradient).items():
-            ledger.add(target, site.grouping.group(products).sum(1))
-
-    def correct(self, site: RecordedCall, x: Tensor, y: Tensor, correction: PerSamplePerturbation) -> Tensor:
-        assert site.grouping is not None
-        weight, bias = correction.step(site.weight), correction.step(site.bias)
+    def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
+        weight, bias = perturbation.step(call.weight), perturbation.step(call.bias)
+        shape, eps = call.options
         added: Tensor | None = None
         if bias is not None:
-            added = bias.unsqueeze(1).expand(-1, site.grouping.width, *site.options[0])
+            added = bias.unsqueeze(1).expand(-1, call.grouping.rows_per_sample, *shape)
         if weight is not None:
-            normalized = site.grouping.group(self._normalized(site, x))
-            weight = weight.unsqueeze(1)
+            normalized = self.normalized(at_least_float32(x), shape, eps).reshape(-1, *shape)
+            normalized, weight = call.grouping.group(normalized), weight.unsqueeze(1)
             added = normalized * weight if added is None else torch.addcmul(added, normalized, weight)
-        return y if added is None else y.add_(site.grouping.ungroup(added).reshape(y.shape).to(y.dtype))
+        return y if added is None else added_to(y, call, added)
+
+
+class RMSNorm(LayerNorm):
+    """w ∘ x̂ with x̂ of mean square 1."""
+
+    name = "rms_norm"
+
+    def read(  # type: ignore[override]
+        self, input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+    ) -> CallArguments | None:
+        return super().read(input, normalized_shape, weight, None, torch.finfo(input.dtype).eps if eps is None else eps)
+
+    def run(self, arguments: CallArguments, x: Tensor) -> Tensor:
+        shape, eps = arguments.options
+        return F.rms_norm(x, shape, arguments.weight, eps)
+
+    def normalized(self, x: Tensor, shape: tuple[int, ...], eps: float) -> Tensor:
+        return F.rms_norm(x, shape, None, eps)

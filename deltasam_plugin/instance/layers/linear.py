@@ -1,4 +1,4 @@
-"""Linear layers."""
+"""Linear layers, y = Wx + b."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltasam_plugin.instance.factored import Factor, contract, expand_into, form
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
-from deltasam_plugin.instance.interception import ParameterSlice
-from deltasam_plugin.instance.layers.base import CallArguments, Layer, RecordedCall
+from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation, grouped
+from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall
 from deltasam_plugin.instance.layout import Grouping
 from deltasam_plugin.precision import at_least_float32
 
@@ -48,7 +47,7 @@ class _AddExpanded(torch.autograd.Function):
 class Linear(Layer):
     """y = Wx + b, W (n, m)."""
 
-    name, role = "linear", "matrix"
+    name, weight_kind = "linear", "matrix"
 
     def read(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> CallArguments | None:
         if weight.dim() != 2:
@@ -56,49 +55,36 @@ class Linear(Layer):
         return CallArguments(input, weight, bias, tuple(input.shape[:-1]) or (1,))
 
     def rows(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, x.shape[-1])
+        return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
-    def run(self, call: CallArguments, x: Tensor) -> Tensor:
-        return F.linear(x, call.weight, call.bias)  # type: ignore[arg-type]
+    def run(self, arguments: CallArguments, x: Tensor) -> Tensor:
+        return F.linear(x, arguments.weight, arguments.bias)  # type: ignore[arg-type]
 
-    def finish(self, call: CallArguments, y: Tensor) -> Tensor:
-        return y.view(*call.x.shape[:-1], y.shape[-1])
+    def finish(self, arguments: CallArguments, y: Tensor) -> Tensor:
+        return y.view(*arguments.x.shape[:-1], y.shape[-1])
 
-    def dense(self, site: RecordedCall, gradient: Tensor) -> dict[ParameterSlice, Tensor]:
-        assert site.x is not None
-        found = {}
-        if site.weight is not None:
-            found[site.weight] = at_least_float32(gradient).T @ at_least_float32(site.x)
-        if site.bias is not None:
-            found[site.bias] = at_least_float32(gradient).sum(0)
-        return found
-
-    def contribute(self, site: RecordedCall, gradient: Tensor, ledger: PerSampleGradients) -> None:
-        assert site.grouping is not None
-        assert site.x is not None
-        left = site.grouping.group(gradient)
-        if site.weight is not None:
-            right = ledger.grouped(site.x, site.grouping)
-            if site.formed:
-                ledger.add(site.weight, form(left, right))
+    def accumulate(self, call: PlannedCall, x: Tensor, gradient: Tensor, gradients: PerSampleGradients) -> None:
+        left = call.grouping.group(gradient)
+        if call.weight is not None:
+            right = gradients.once(grouped, call.grouping, x)
+            if call.formed:
+                gradients.add(call.weight, form(left, right))
             else:
-                ledger.factors[site.weight].append(Factor(left, right, site.affine))
-        if site.bias is not None and not site.affine:
-            ledger.add(site.bias, at_least_float32(left).sum(1))
+                gradients.factors[call.weight].append(Factor(left, right, call.bias if call.affine else None))
+        if call.bias is not None and not call.affine:
+            gradients.add(call.bias, at_least_float32(left).sum(1))
 
-    def correct(self, site: RecordedCall, x: Tensor, y: Tensor, correction: PerSamplePerturbation) -> Tensor:
-        assert site.grouping is not None
-        vector = None if site.affine else correction.step(site.bias)
-        if vector is not None and site.weight is None:
-            ones = vector.new_ones(site.grouping.batch, site.grouping.width, 1)
-            return _AddExpanded.apply(y, ones, vector.unsqueeze(1), None, site.grouping)
-        formed = correction.step(site.weight) if site.formed else None
+    def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
+        vector = None if call.affine else perturbation.step(call.bias)
+        if vector is not None and call.weight is None:
+            ones = vector.new_ones(call.grouping.batch, call.grouping.rows_per_sample, 1)
+            return _AddExpanded.apply(y, ones, vector.unsqueeze(1), None, call.grouping)
+        formed = perturbation.step(call.weight) if call.formed else None
         if formed is not None:
-            inputs = at_least_float32(site.grouping.group(x))
-            return _AddExpanded.apply(y, inputs, formed.transpose(1, 2), vector, site.grouping)
-        for factor in correction.factors(site.weight):
-            y = _AddExpanded.apply(
-                y, correction.coefficients(factor, x, site.grouping), factor.left, vector, site.grouping
-            )
+            inputs = at_least_float32(call.grouping.group(x))
+            return _AddExpanded.apply(y, inputs, formed.transpose(1, 2), vector, call.grouping)
+        for factor in perturbation.factors(call.weight):
+            coefficients = perturbation.coefficients(factor, x, call.grouping)
+            y = _AddExpanded.apply(y, coefficients, factor.left, vector, call.grouping)
             vector = None
         return y

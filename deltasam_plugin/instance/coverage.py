@@ -18,6 +18,7 @@ REMEDY = 'choose --sam-perturbation batch (perturbation="batch" in Python)'
 
 MIXED = "several samples' losses depend on the same rows"
 DETACHED = "also used behind detach(), argmax() or in a branch that the losses do not depend on"
+UNKNOWN = "which of its rows belong to which sample cannot be told"
 UNSEEN = "used outside the covered layers"
 
 
@@ -55,7 +56,8 @@ class Coverage:
                 f"Per-instance perturbation does not cover {self._listing()}. Must be at most {TOLERATED:.0%}: linear, "
                 "embedding, normalization and convolution layers are covered, recurrent layers and parameters used in "
                 f"other arithmetic are not. Each row of a layer must belong to one sample: batch normalization in "
-                f"training and in-batch negatives do not qualify. Remedy: {REMEDY}."
+                "training and in-batch negatives do not qualify. Where rows are in no order, say which sample each is "
+                f"from (rows=... in Python, a per-sample loss function's third result). Remedy: {REMEDY}."
             )
         return len(self._uncovered) > before
 
@@ -74,9 +76,13 @@ class Coverage:
         more = f" and {len(largest) - LISTED} more" if len(largest) > LISTED else ""
         return f"{self._share():.2%} of the weights: {names}{more}"
 
+    def names(self) -> list[str]:
+        """Parameters that are perturbed, as far as is known."""
+        return sorted(self._parameters.keys() - self._uncovered.keys())
+
     def unverified(self) -> list[str]:
-        """Parameters whose coverage is yet to be checked."""
-        return sorted(self._parameters.keys() - self._verified - self._uncovered.keys())
+        """Those whose coverage was never checked."""
+        return [name for name in self.names() if name not in self._verified]
 
     def verify(
         self, true: Mapping[str, Tensor], totals: Iterable[tuple[ParameterSlice, Tensor]], eps: float

@@ -7,21 +7,31 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
-from deltasam_plugin.instance.coverage import DETACHED, MIXED, REMEDY, Coverage
+from deltasam_plugin.instance.apex import unfused_norms
+from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, intercept_layers
+
+ALWAYS_CHECKED = 16  # batches; later the powers of two
+CHECK_INTERVAL = 1000  # and the multiples of this
+
+CHECKPOINTED = (
+    "Per-instance perturbation of a model with activation checkpointing: it runs layers again in backward, where they "
+    f"are not recorded. Leave it out, or {REMEDY}."
+)
 
 
 @dataclass(frozen=True)
@@ -31,10 +41,12 @@ class Solution:
     Attributes:
         perturbation: of every sample.
         calls: what the second pass must repeat, in order.
+        checked: whether this batch was compared with autograd.
     """
 
     perturbation: PerSamplePerturbation
     calls: list[PlannedCall]
+    checked: bool
 
 
 class InstanceEngine:
@@ -67,6 +79,7 @@ class InstanceEngine:
         self._parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._coverage = Coverage(self._parameters)
         self._ownership = Ownership()
+        self._batches = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -110,17 +123,16 @@ class InstanceEngine:
             self._coverage.exclude(tape.misused())
             calls, rows, scaled = list(tape.calls), tape.rows, []
             tape.calls.clear()
-            if self._ownership.must_check(calls, losses, rows):
+            check = self._is_to_be_checked()
+            if losses.numel() > 1 and (check or self._ownership.leaves_open(calls, losses, rows)):
                 for factor in self._ownership.factors(calls, losses):
                     scaled.append(_gradients(losses, calls, seed * factor, retain_graph=True))
-            unverified = self._coverage.unverified()
-            wanted = [self._parameters[name] for name in unverified]
+            verified = self._coverage.names() if check else self._coverage.unverified()
+            wanted = [self._parameters[name] for name in verified]
             found = _gradients(losses, calls, seed, wanted)
-            true = {name: g for name, g in zip(unverified, found[len(calls) :]) if g is not None}
+            true = {name: g for name, g in zip(verified, found[len(calls) :]) if g is not None}
             gradients = found[: len(calls)]
-            groupings, mixed = self._ownership.groupings(calls, gradients, scaled, losses.numel(), rows)
-            del scaled
-            reasons = {part.name: MIXED for call in mixed for part in call.parts}
+            groupings, reasons = self._ownership.groupings(calls, gradients, scaled, losses.numel(), rows)
             self._coverage.exclude({**_detached_uses(calls, gradients), **reasons})
             planned = plan_calls(calls, groupings, self._coverage)
             if true:
@@ -133,7 +145,38 @@ class InstanceEngine:
             del found, calls, gradients, true
             per_sample = _accumulated(work)
             self._coverage.warn()
-            return Solution(per_sample.perturbation(losses.detach(), self.rho), planned)
+            return Solution(per_sample.perturbation(losses.detach(), self.rho), planned, bool(scaled))
+
+    def _is_to_be_checked(self) -> bool:
+        """Whether rows and coverage are compared with autograd in this batch, though nothing new was seen."""
+        self._batches += 1
+        scheduled = self._batches <= ALWAYS_CHECKED or self._batches % CHECK_INTERVAL == 0
+        return scheduled or self._batches.bit_count() == 1
+
+    def refuse_mixed_values(self, solution: Solution, losses: Tensor, replay: Callable[[], Tensor]) -> None:
+        """Perturb every other sample alone: the losses of the others must stay what they are.
+
+        Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach().
+
+        Args:
+            solution: of a batch of several samples.
+            losses: at w, (B,).
+            replay: the same forward pass, with its random numbers; returns per-sample losses.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        chosen = torch.arange(losses.numel(), device=losses.device) % 2 == 0
+        half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
+        with self.perturbed(half):
+            found = replay().detach()
+        allowed = torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max()
+        if bool(((found - losses)[~chosen].abs() > allowed).any()):
+            raise RuntimeError(
+                "Per-instance perturbation: the loss of a sample changes with the perturbation of another, though no "
+                "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "
+                f"not even behind detach(). Otherwise {REMEDY}."
+            )
 
     @contextmanager
     def perturbed(self, solution: Solution) -> Iterator[None]:
@@ -152,19 +195,21 @@ class InstanceEngine:
             if call.perturbed:
                 with torch.autocast(y.device.type, enabled=False):
                     y = layer.perturb_output(call, x, y, perturbation)
-                unowned = call.grouping.unowned
-                if unowned is not None:
-                    y.register_hook(lambda gradient: _refuse_late_rows(call, unowned, gradient))
+                unsure = call.grouping.unsure
+                if unsure is not None and bool(perturbation.steps.any()):
+                    y.register_hook(lambda gradient: _refuse_late_rows(call, unsure, gradient))
             if not pending:
                 perturbation.release()
                 once.clear()
             return y
 
         try:
-            with intercept_layers(self._parameters, handle, once):
+            with unfused_norms(), intercept_layers(self._parameters, handle, once):
                 yield
             if pending:
                 raise RuntimeError(_not_a_replay(pending[-1]))
+        except CheckpointError as error:
+            raise RuntimeError(CHECKPOINTED) from error
         finally:
             perturbation.release()
 
@@ -180,7 +225,10 @@ def _gradients(
     inputs: list[Any] = [*(call.output for call in calls), *wanted]
     if not inputs or not losses.requires_grad:
         return [None] * len(inputs)
-    return list(torch.autograd.grad(losses, inputs, seed, retain_graph=retain_graph, allow_unused=True))
+    try:
+        return list(torch.autograd.grad(losses, inputs, seed, retain_graph=retain_graph, allow_unused=True))
+    except CheckpointError as error:
+        raise RuntimeError(CHECKPOINTED) from error
 
 
 def _detached_uses(calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None]) -> dict[str, str]:
@@ -188,14 +236,9 @@ def _detached_uses(calls: Sequence[RecordedCall], gradients: Sequence[Tensor | N
 
     What the losses take from there without a gradient (a target behind detach) would be computed at w.
     """
-    live = {part.name for call, gradient in zip(calls, gradients) if gradient is not None for part in call.parts}
-    return {
-        part.name: DETACHED
-        for call, gradient in zip(calls, gradients)
-        if gradient is None
-        for part in call.parts
-        if part.name in live
-    }
+    live = {name for call, gradient in zip(calls, gradients) if gradient is not None for name in call.names}
+    silent = {name for call, gradient in zip(calls, gradients) if gradient is None for name in call.names}
+    return dict.fromkeys(live & silent, DETACHED)
 
 
 def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) -> PerSampleGradients:
@@ -208,10 +251,10 @@ def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) ->
     return found
 
 
-def _refuse_late_rows(call: PlannedCall, unowned: Tensor, gradient: Tensor) -> None:
-    """A row without gradient at w has no known owner. It must have none at the perturbed weights either."""
-    size = gradient.detach().abs().reshape(len(unowned), -1).amax(1)
-    if bool((size * unowned).max() > torch.finfo(size.dtype).eps ** 0.5 * size.max()):
+def _refuse_late_rows(call: PlannedCall, unsure: Tensor, gradient: Tensor) -> None:
+    """A row between those of two samples that has no gradient at w must have none at the perturbed weights either."""
+    size = gradient.detach().abs().reshape(len(unsure), -1).amax(1)
+    if bool((size * unsure).max() > torch.finfo(size.dtype).eps ** 0.5 * size.max()):
         raise RuntimeError(
             f"Per-instance perturbation: {call.key} has rows of leading sizes {call.leading_shape} for "
             f"{call.grouping.batch} samples in no recognizable order, and one that no loss depends on at w, but at the "

@@ -142,6 +142,11 @@ class PerSamplePerturbation:
         found = [lookup(factor, index) for factor in self.factors(part)]
         return torch.stack(found).sum(0) * self.steps.view(-1, 1, 1) if found else None
 
+    def of_samples(self, chosen: Tensor) -> PerSamplePerturbation:
+        """The same for the chosen samples, (B,) bool; none for the others. A copy."""
+        formed = {part: step * chosen.view(-1, *[1] * (step.dim() - 1)) for part, step in self._formed.items()}
+        return PerSamplePerturbation(self.norms, self.steps * chosen, self._factors, formed)
+
     def release(self) -> None:
         """Leave what backward still needs to the graph, which frees it layer by layer."""
         self._factors, self._formed = {}, {}

@@ -63,6 +63,8 @@ def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _COMPOSITE = {F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward)}
 
+_DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
 Visitor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -77,13 +79,14 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         foreign: parameters used in some other differentiable way, by name, with the function that did.
-        frozen_uses: parameters used where gradients are off.
+        frozen_uses: parameters used where gradients are off, or behind detach().
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visited: Iterable[Callable[..., Any]], visit: Visitor) -> None:
         super().__init__()
         self.foreign: dict[str, str] = {}
         self.frozen_uses: set[str] = set()
+        self._detached: dict[int, tuple[Tensor, str]] = {}
         self._visited = frozenset(visited)
         self._visit = visit
         # The tensor is kept beside its slices: an id is only good as long as its object lives.
@@ -107,6 +110,7 @@ class Interception(TorchFunctionMode):
         if func in self._visited:
             result = self._visit(func, args, kwargs)
             if result is not NotImplemented:
+                self._note_detached(args, kwargs)
                 self._report(func, [slices for slices in self._found(args, kwargs) if len(slices) > 1])
                 return result
         result = func(*args, **kwargs)
@@ -128,13 +132,19 @@ class Interception(TorchFunctionMode):
             self.foreign.setdefault(part.name, f"used by {name}()")
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        results = result if isinstance(result, list | tuple) else (result,)
+        outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
+        computes = any(output.is_floating_point() for output in outputs)
+        if computes:
+            self._note_detached(args, kwargs)
         found = self._found(args, kwargs)
         if not found:
             return
-        if func in self._visited and not torch.is_grad_enabled():
+        if func in _DETACHES and outputs:
+            self._detached[id(outputs[0])] = (outputs[0], found[0][0].name)
+            return
+        if computes and not torch.is_grad_enabled():
             self.frozen_uses.update(part.name for slices in found for part in slices)
-        results = result if isinstance(result, list | tuple) else (result,)
-        outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
         if func in _SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
             self._learn_parts(found[0], outputs)
         elif func is torch.cat and _dim(args, kwargs, 1) == 0 and len(found) == len(args[0] if args else ()):
@@ -145,6 +155,11 @@ class Interception(TorchFunctionMode):
             self._learn(outputs[0], (part,))
         elif func is Tensor.__setitem__ or any(output.requires_grad for output in outputs):
             self._report(func, found)
+
+    def _note_detached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._detached:
+            used = [argument for argument in (*args, *kwargs.values()) if id(argument) in self._detached]
+            self.frozen_uses.update(self._detached[id(argument)][1] for argument in used)
 
     def _learn(self, tensor: Tensor, slices: tuple[ParameterSlice, ...]) -> None:
         self._known[id(tensor)] = (tensor, slices)

@@ -26,28 +26,25 @@ class Grouping:
         leading_shape: sizes of the leading dimensions, whose product is N.
         batch: B.
         rows_per_sample: T, the most rows that one sample has.
+        unsure: which rows (N,) may belong to another sample, for all that is known; None if none may.
     """
 
     leading_shape: tuple[int, ...]
     batch: int
     rows_per_sample: int
+    unsure: Tensor | None = None
 
     def group(self, rows: Tensor) -> Tensor:
         """(N, ...) to (B, T, ...), missing rows as zeros. A view where strides allow it."""
         raise NotImplementedError
 
     def ungroup(self, grouped: Tensor) -> Tensor:
-        """(B, T, ...) to (\\*leading_shape, ...): the inverse of :meth:`group`. Rows of no sample are zeros."""
+        """(B, T, ...) to (\\*leading_shape, ...): the inverse of :meth:`group`."""
         raise NotImplementedError
 
     def owners(self) -> Tensor:
         """The sample of each row, shape leading_shape, on the CPU."""
         return self.ungroup(torch.arange(self.batch).unsqueeze(1).expand(-1, self.rows_per_sample))
-
-    @property
-    def unowned(self) -> Tensor | None:
-        """Which rows (N,) belong to no sample; None if all belong to one."""
-        return None
 
     def same(self, other: Grouping) -> bool:
         """Whether both assign every row to the same sample."""
@@ -86,44 +83,40 @@ class _Strided(Grouping):
         return moved.reshape(*self.leading_shape, *rest)
 
 
+def one_sample(leading_shape: tuple[int, ...]) -> Grouping:
+    """All rows of a call as those of a single sample."""
+    return _Strided.of(leading_shape, 1, 0, True)
+
+
 class Listed(Grouping):
     """Rows in no order.
 
     Args:
-        owners: the sample of each row, integer, shape leading_shape; negative for rows of no sample.
+        owners: the sample of each row, integer, shape leading_shape.
         batch: B.
+        unsure: which rows (N,) may belong to another sample, for all that is known; None if none may.
     """
 
-    def __init__(self, owners: Tensor, batch: int) -> None:
-        flat = owners.flatten()
-        index = torch.where(flat < 0, batch, flat)  # rows of no sample come last, as those of a sample more
-        counts = torch.bincount(index, minlength=batch + 1)
+    def __init__(self, owners: Tensor, batch: int, unsure: Tensor | None = None) -> None:
+        index = owners.flatten()
+        counts = torch.bincount(index, minlength=batch)
         starts = counts.cumsum(0) - counts
         order = torch.argsort(index, stable=True)
         positions = torch.empty_like(index)
         positions[order] = torch.arange(len(index), device=index.device) - starts[index[order]]
-        unowned = index == batch
-        self.leading_shape, self.batch = tuple(owners.shape), batch
-        self.rows_per_sample = max(1, int(counts[:batch].max()))
-        self._unowned = unowned if bool(unowned.any()) else None
-        self._where = index, torch.where(unowned, 0, positions)
-
-    @property
-    def unowned(self) -> Tensor | None:
-        return self._unowned
+        self.leading_shape, self.batch, self.rows_per_sample = tuple(owners.shape), batch, int(counts.max())
+        self.unsure = unsure
+        self._where = index, positions
 
     def group(self, rows: Tensor) -> Tensor:
-        grouped = rows.new_zeros(self.batch + 1, self.rows_per_sample, *rows.shape[1:])
-        return grouped.index_put(self._where, rows)[: self.batch]
+        grouped = rows.new_zeros(self.batch, self.rows_per_sample, *rows.shape[1:])
+        return grouped.index_put(self._where, rows)
 
     def ungroup(self, grouped: Tensor) -> Tensor:
-        if self._unowned is not None:
-            grouped = torch.cat([grouped, torch.zeros_like(grouped[:1])])
         return grouped[self._where].reshape(*self.leading_shape, *grouped.shape[2:])
 
     def owners(self) -> Tensor:
-        index = self._where[0].cpu()
-        return torch.where(index == self.batch, NOBODY, index).reshape(self.leading_shape)
+        return self._where[0].cpu().reshape(self.leading_shape)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ sample i has :math:`2^{-k_i}` times the output gradient that it has in the first
 several samples' losses depend on has no such factor. Powers of two make the comparison exact up to nondeterministic
 kernels. Where B samples need more factors than the precision has, their index is spelled in several passes.
 
-Rows that fit a layout keep it. The check is repeated in the first batches, then ever more rarely, and for calls that
-are new or whose sizes leave the layout open. Rows that fit no layout are looked up in every batch.
+Rows that fit a layout keep it. The check is repeated as the engine says, and for calls that are new or whose sizes
+leave the layout open. Rows that fit no layout are looked up in every batch.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from deltasam_plugin.instance.coverage import MIXED, UNKNOWN
 from deltasam_plugin.instance.layers.base import CallKey
 from deltasam_plugin.instance.layout import (
     NOBODY,
@@ -32,19 +34,15 @@ from deltasam_plugin.instance.layout import (
 from deltasam_plugin.instance.recording import RecordedCall
 from deltasam_plugin.loss import nodes_of
 
-ALWAYS_CHECKED = 16  # batches; later the powers of two,
-CHECK_INTERVAL = 1000  # and the multiples of this
-
 
 class Ownership:
     """The layouts of all calls that were ever seen, as far as they are known."""
 
     def __init__(self) -> None:
         self._layouts: dict[CallKey, list[Layout]] = {}  # an empty list: rows in no order
-        self._batches = 0
 
-    def must_check(self, calls: Sequence[RecordedCall], losses: Tensor, rows: Sequence[Tensor]) -> bool:
-        """Whether the rows of this batch have to be compared with the factors of their losses.
+    def leaves_open(self, calls: Sequence[RecordedCall], losses: Tensor, rows: Sequence[Tensor]) -> bool:
+        """Whether known layouts and the sizes of this batch leave open which rows belong to which sample.
 
         Args:
             calls: of the pass.
@@ -52,11 +50,6 @@ class Ownership:
             rows: lists of the sample of each row, from the caller.
         """
         batch = losses.numel()
-        if batch == 1:
-            return False
-        self._batches += 1
-        if self._batches <= ALWAYS_CHECKED or self._batches.bit_count() == 1 or self._batches % CHECK_INTERVAL == 0:
-            return True
         unbound = {c.output.node for c in calls if 0 not in c.leading_shape and self._bound(c, batch, rows) is None}
         return bool(unbound) and any(node in unbound for node in nodes_of(losses))
 
@@ -74,7 +67,7 @@ class Ownership:
         scaled: Sequence[Sequence[Tensor | None]],
         batch: int,
         rows: Sequence[Tensor],
-    ) -> tuple[list[Grouping | None], list[RecordedCall]]:
+    ) -> tuple[list[Grouping | None], dict[str, str]]:
         """The rows of every call, by sample.
 
         Args:
@@ -85,33 +78,42 @@ class Ownership:
             rows: lists of the sample of each row, from the caller.
 
         Returns:
-            A grouping for each call, None where there is nothing to be perturbed; and the calls with rows that several
-            samples' losses depend on.
+            A grouping for each call, None where there is nothing to be perturbed; and the parameters whose rows cannot
+            be told apart by sample, with the reason.
         """
         found = [None if g is None else self._bound(call, batch, rows) for call, g in zip(calls, gradients)]
         if not scaled:
-            return found, []
-        levels, mixed = _levels(calls), []
-        listed: defaultdict[tuple[int, ...], list[tuple[int, Tensor]]] = defaultdict(list)
+            return found, {}
+        levels, silent, reasons = _levels(calls), [], {}
+        listed: defaultdict[tuple[int, ...], dict[int, Tensor]] = defaultdict(dict)
         for i, (call, gradient) in enumerate(zip(calls, gradients)):
             if gradient is None or 0 in call.leading_shape:
                 continue
             owners = _owners(call, gradient, [factor[i] for factor in scaled], levels, batch)
             if bool((owners == SEVERAL).any()):
-                mixed.append(call)
-                found[i] = None
+                reasons.update(dict.fromkeys(call.names, MIXED))
             elif not bool((owners != NOBODY).any()):
-                continue  # no gradient: nothing can be learned
+                silent.append(i)
             elif fitting := [pair for pair in self._candidates(call, batch, rows) if consistent(pair[1], owners)]:
                 self._layouts[call.key] = [layout for layout, _ in fitting]
                 found[i] = fitting[0][1]  # where they differ, it is on rows without gradient
             else:
                 self._layouts[call.key] = []
-                listed[call.leading_shape].append((i, owners))
+                listed[call.leading_shape][i] = owners
         for shape, entries in listed.items():
-            for i, owners in _completed(entries):
-                found[i] = Listed(owners.reshape(shape).to(gradients[i].device), batch)  # type: ignore[union-attr]
-        return found, mixed
+            for i, owners in _completed(entries).items():
+                grouping = _in_runs(owners.reshape(shape), batch, calls[i].x.device)
+                found[i] = grouping
+                if grouping is None:
+                    reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
+        moved = {part for call, grouping in zip(calls, found) if grouping is not None for part in call.parts}
+        for i in silent:  # of a parameter that gets a gradient elsewhere, and perturbs these rows too
+            shape = calls[i].leading_shape
+            alike = [g for call, g in zip(calls, found) if g is not None and call.leading_shape == shape]
+            found[i] = found[i] or agreed(alike)
+            if found[i] is None and moved.intersection(calls[i].parts):
+                reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
+        return found, reasons
 
     def _candidates(self, call: RecordedCall, batch: int, rows: Sequence[Tensor]) -> Iterator[tuple[Layout, Grouping]]:
         layouts = self._layouts.get(call.key) if batch > 1 else None
@@ -158,12 +160,34 @@ def _owners(call: RecordedCall, gradient: Tensor, scaled: Sequence[Tensor | None
     return torch.where(finite & (peak > floor), owners, NOBODY).cpu()
 
 
-def _completed(entries: Sequence[tuple[int, Tensor]]) -> list[tuple[int, Tensor]]:
-    """Calls on equally many rows, each completed by what the others know, if they do not contradict each other."""
-    together = entries[0][1].clone()
-    for _, owners in entries[1:]:
+def _completed(entries: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Owners of calls on equally many rows, each completed by the others, if they do not contradict each other."""
+    together = torch.full_like(next(iter(entries.values())), NOBODY)
+    for owners in entries.values():
         known = (owners != NOBODY) & (together != NOBODY)
         if bool((owners[known] != together[known]).any()):
-            return list(entries)
+            return entries
         together = torch.where(together == NOBODY, owners, together)
-    return [(i, together) for i, _ in entries]
+    return dict.fromkeys(entries, together)
+
+
+def _in_runs(owners: Tensor, batch: int, device: torch.device) -> Grouping | None:
+    """The grouping of rows in no order, some of them unknown.
+
+    A row without gradient may get one at the perturbed weights. Its owner is known if the rows of each sample follow
+    each other: that of the rows around it. Between two samples it is one of the two. Padding is mostly there.
+    """
+    flat = owners.flatten().tolist()
+    known = [i for i, owner in enumerate(flat) if owner != NOBODY]
+    if len(known) == len(flat):
+        return Listed(owners.to(device), batch)
+    runs = [flat[i] for n, i in enumerate(known) if n == 0 or flat[i] != flat[known[n - 1]]]
+    if len(set(runs)) < len(runs):
+        return None
+    filled, unsure, bounds = list(flat), [False] * len(flat), [-1, *known, len(flat)]
+    for before, after in itertools.pairwise(bounds):
+        left = flat[before] if before >= 0 else flat[after]
+        right = flat[after] if after < len(flat) else left
+        for i in range(before + 1, after):
+            filled[i], unsure[i] = left, left != right or len(set(runs)) < batch
+    return Listed(torch.tensor(filled, device=device).reshape(owners.shape), batch, torch.tensor(unsure, device=device))

@@ -39,12 +39,19 @@ class InstancePerturbation:
             )
         tape.rows, losses = objective.rows, objective.losses
 
+        def replay() -> Tensor:
+            with conditions.replayed():
+                return forward().losses
+
         @contextmanager
         def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
             nonlocal tape, losses
             with torch.enable_grad():
                 solution = self._engine.solve(tape, losses, scale)
-            del tape, losses  # frees what is left of the first graph
+                at_w = losses.detach()
+                del tape, losses  # frees what is left of the first graph
+                if solution.checked:
+                    self._engine.refuse_mixed_values(solution, at_w, replay)
             norms, steps = solution.perturbation.norms, solution.perturbation.steps
             moved = steps > 0
             norms_at_w = torch.where(moved, norms / scale.abs(), 0)

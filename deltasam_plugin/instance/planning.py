@@ -10,7 +10,7 @@ from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.factored import forming_is_cheaper
 from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layers.base import PlannedCall
-from deltasam_plugin.instance.layout import Grouping, Layout
+from deltasam_plugin.instance.layout import Grouping, one_sample
 from deltasam_plugin.instance.recording import RecordedCall
 
 
@@ -46,9 +46,7 @@ def _planned(call: RecordedCall, grouping: Grouping | None, coverage: Coverage) 
     weight, bias = (
         part if grouping is not None and coverage.covers(part) else None for part in (call.key.weight, call.key.bias)
     )
-    if grouping is None:
-        grouping = Layout().bind(call.leading_shape, 1, [])
-    assert grouping is not None
+    grouping = grouping or one_sample(call.leading_shape)
     return PlannedCall(
         call.layer, call.key, call.leading_shape, call.options, call.weight_shape, weight, bias, grouping
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.interception import Interception, ParameterSlice
 from deltasam_plugin.instance.layers import LAYERS
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
@@ -75,8 +76,13 @@ class RecordedCall:
 
     @property
     def parts(self) -> list[ParameterSlice]:
-        """The parameters that the call uses."""
+        """What the call uses of the parameters."""
         return [part for part in (self.key.weight, self.key.bias) if part is not None]
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that the call uses."""
+        return [part.name for part in self.parts]
 
 
 class Tape:
@@ -97,7 +103,7 @@ class Tape:
     def running(self) -> Iterator[None]:
         """To be entered around the pass."""
         try:
-            with self._interception:
+            with unfused_norms(), self._interception:
                 yield
         finally:
             self._once.clear()

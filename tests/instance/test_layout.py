@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltasam_plugin.instance.layout import NOBODY, Layout, Listed, agreed, conceivable, consistent
+from deltasam_plugin.instance.layout import NOBODY, Layout, agreed, conceivable, consistent
 
 WIDTH = 2
 
@@ -87,18 +87,6 @@ def test_square_batches_are_ambiguous_until_gradients_tell(call: tuple[Layout, t
     together = agreed(groupings)
     everyone = {tuple(g.owners().flatten().tolist()) for g in groupings}
     assert (together is not None) == (len(everyone) == 1)
-
-
-@given(st.lists(st.integers(-1, 3), min_size=1, max_size=9))
-def test_rows_of_no_sample_are_left_out(listed: list[int]) -> None:
-    owners = torch.tensor(listed)
-    rows = torch.arange(1.0, len(listed) * WIDTH + 1).view(-1, WIDTH)
-    grouping = Listed(owners, 4)
-    owned = owners >= 0
-    assert torch.equal(grouping.owners(), owners)
-    assert torch.equal(grouping.ungroup(grouping.group(rows)), rows * owned.unsqueeze(1))
-    assert torch.equal(grouping.group(rows).sum((0, 1)), rows[owned].sum(0))
-    assert (grouping.unowned is None) == bool(owned.all())
 
 
 def test_no_grouping_agrees_with_nothing() -> None:

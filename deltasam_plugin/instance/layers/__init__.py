@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from deltasam_plugin.instance.layers.base import Layer
 from deltasam_plugin.instance.layers.convolution import Convolution
@@ -23,8 +22,8 @@ LAYERS: dict[Callable[..., Any], Layer] = {
     F.embedding: Embedding(),
     F.layer_norm: LayerNorm(),
     F.rms_norm: RMSNorm(),
-    F.conv1d: Convolution("conv1d", F.conv1d, conv1d_weight),
-    F.conv2d: Convolution("conv2d", F.conv2d, conv2d_weight),
+    F.conv1d: Convolution("conv1d", F.conv1d),
+    F.conv2d: Convolution("conv2d", F.conv2d),
     **dict.fromkeys((torch.add, Tensor.add), Addition()),
     **dict.fromkeys((torch.mul, Tensor.mul), Scaling()),
 }

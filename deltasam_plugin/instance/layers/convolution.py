@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
@@ -20,13 +22,12 @@ class Convolution(Layer):
     Args:
         name: of the function.
         function: the convolution.
-        weight_gradient: of its filter, from torch.nn.grad.
     """
 
     weight_kind = "filter"
 
-    def __init__(self, name: str, function: Callable[..., Tensor], weight_gradient: Callable[..., Tensor]) -> None:
-        self.name, self.function, self.weight_gradient = name, function, weight_gradient
+    def __init__(self, name: str, function: Callable[..., Tensor]) -> None:
+        self.name, self.function = name, function
 
     def read(
         self,
@@ -54,9 +55,16 @@ class Convolution(Layer):
         batch, inputs = call.grouping.batch, call.grouping.rows_per_sample
         stride, padding, dilation, groups = call.options
         if call.weight is not None:
+            rank = x.dim() - 2
+            sizes = [list(s) if isinstance(s, tuple | list) else [s] * rank for s in (stride, padding, dilation)]
             joint, towards = (self._side_by_side(call, t) for t in (x, gradient))
-            shape = (batch * inputs * call.weight_shape[0], *call.weight_shape[1:])
-            formed = self.weight_gradient(joint, shape, towards, stride, padding, dilation, batch * inputs * groups)
+            if joint.shape[-1] == 1:  # torch takes it for a tensor with channels last, and then refuses it
+                joint, towards = F.pad(joint, (0, sizes[0][-1])), F.pad(towards, (0, 1))
+            filters = joint.new_empty(batch * inputs * call.weight_shape[0], *call.weight_shape[1:])
+            _, formed, _ = torch.ops.aten.convolution_backward(
+                *(towards, joint, filters, None, *sizes, False, [0] * rank, batch * inputs * groups),
+                (False, True, False),
+            )
             gradients.add(call.weight, formed.view(batch, inputs, *call.weight_shape).sum(1))
         if call.bias is not None:
             gradients.add(call.bias, call.grouping.group(at_least_float32(gradient).flatten(2).sum(2)).sum(1))

@@ -79,21 +79,21 @@ def main() -> None:
         return objective.losses.detach().double()
 
     single, double = model, copy.deepcopy(model).double()
-    weights = {network: [PerturbedParameter(p) for p in network.parameters()] for network in (single, double)}
+    parameters = {network: [PerturbedParameter(p) for p in network.parameters()] for network in (single, double)}
     norm = global_norm(p for p in double.parameters())
     count = sum(p.numel() for p in double.parameters())
     eps = torch.finfo(torch.float32).eps
-    print(f"{count:,} weights of norm {norm:.1f}, {sample['nsentences']} samples, criterion {name}")
+    print(f"{count:,} parameters of norm {norm:.1f}, {sample['nsentences']} samples, criterion {name}")
 
     @torch.no_grad()
     def differences(network: torch.nn.Module, scale: float, seed: int) -> tuple[Tensor, Tensor]:
-        direction = draw_direction(weights[single], seed)
+        direction = draw_direction(parameters[single], seed)
         sigma = scale * norm / math.sqrt(count)
         center = losses_of(network)
-        with restored(weights[network]) as saved:
-            displace(weights[network], saved, direction, sigma)
+        with restored(parameters[network]) as originals:
+            displace(parameters[network], originals, direction, sigma)
             plus = losses_of(network)
-            displace(weights[network], saved, direction, -sigma)
+            displace(parameters[network], originals, direction, -sigma)
             minus = losses_of(network)
         return plus + minus - 2 * center, rounding_floor(plus, minus, center, eps)
 
@@ -101,10 +101,10 @@ def main() -> None:
     print("scale      signal     noise      noise/eps|l|  95 %   lost   bias   ess    rank correlation")
     center = losses_of(double)
     for scale in SCALES:
-        exact = torch.stack([differences(double, scale, seed)[0] for seed in range(args.probes)])
+        true = torch.stack([differences(double, scale, seed)[0] for seed in range(args.probes)])
         rounded, floor = map(torch.stack, zip(*[differences(single, scale, seed) for seed in range(args.probes)]))
-        truth[scale] = exact / scale**2
-        noise = (rounded - exact).abs()
+        truth[scale] = true / scale**2
+        noise = (rounded - true).abs()
         in_eps = noise / (eps * center)
         bias = ((truth[scale] - truth[SCALES[0]]).abs() / truth[SCALES[0]].abs()).median()
         reference = truth[SCALES[0]].square().mean(dim=0)
@@ -112,8 +112,8 @@ def main() -> None:
         ess = torch.stack([effective_sample_size(v) for v in one]).median()
         ranks = torch.stack([rank_correlation(v, reference) for v in one]).median()
         print(
-            f"{scale:<8.0e} {exact.abs().median():10.2e} {noise.median():10.2e} {in_eps.median():10.2f} "
-            f"{in_eps.quantile(0.95):10.2f} {(exact.abs() < floor).double().mean():7.2f} {bias:7.2f} {ess:6.2f} "
+            f"{scale:<8.0e} {true.abs().median():10.2e} {noise.median():10.2e} {in_eps.median():10.2f} "
+            f"{in_eps.quantile(0.95):10.2f} {(true.abs() < floor).double().mean():7.2f} {bias:7.2f} {ess:6.2f} "
             f"{ranks:8.2f}"
         )
 

@@ -1,11 +1,11 @@
 r"""A loss whose gradient is the sharpness-aware one.
 
-The value is :math:`L(w)`, the gradient :math:`\nabla L` at the perturbed weights. Whatever surrounds the loss - loss
-scaling, gradient accumulation, ``no_sync``, a dummy batch multiplied by zero - acts on it as on any other loss, because
-both passes hide behind one :class:`torch.autograd.Function`.
+The value is :math:`L(w)`, the gradient :math:`\nabla L` at the perturbed weights. Both passes hide behind one
+:class:`torch.autograd.Function`. Loss scaling, gradient accumulation, ``no_sync`` and a dummy batch multiplied by zero
+therefore act on it as on any other loss.
 
-How the weights are perturbed is a :class:`Perturbation`'s affair: one for the whole batch (``batch``), or one for
-every instance (``instance``).
+A :class:`Perturbation` says where the second pass runs: at one point for the whole batch (``batch``), or at one for
+each sample (``instance``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from deltasam_plugin.replay import Conditions
 
 
 class Objective(NamedTuple):
-    r"""What one forward pass gives: :math:`L = \sum_i \ell_i + s`.
+    r"""Result of one forward pass: :math:`L = \sum_i \ell_i + s`.
 
     Attributes:
         loss: L, scalar.
         losses: :math:`\ell_i`, the per-sample losses with graph, shape (B,).
-        shared: s, scalar, where a part of the loss belongs to the batch and to no sample; else None.
-        rows: where layers of the model see a selection of all positions (masked tokens): the sample of each selected
-            row, integer (N,), one tensor for each selection.
+        shared: s, scalar, if a part of the loss belongs to the batch and to no sample; else None.
+        rows: if layers see a selection of all positions (masked tokens): the sample of each selected row, integer (N,),
+            one tensor for each selection.
     """
 
     loss: Tensor
@@ -40,7 +40,7 @@ class Objective(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one (micro-)batch went through; scalars on its device, zero until its backward pass fills them.
+    """Measurements of one (micro-)batch: scalars on its device, zero until its backward pass fills them.
 
     Attributes:
         sharpness: L at the perturbed weights − L(w), in the unit of the loss (a sum over the batch, natural logarithm).
@@ -66,7 +66,7 @@ class Statistics:
         return cls(*(torch.zeros((), device=device) for _ in fields(cls)))
 
     def fill(self, **values: Tensor) -> None:
-        """Set the named statistics in place, so that whoever holds the tensors already sees them."""
+        """Set the named statistics in place: they may have been handed out already."""
         for name, value in values.items():
             getattr(self, name).copy_(value.detach())
 
@@ -75,17 +75,16 @@ Ascend = Callable[[Tensor, Statistics], AbstractContextManager[Tensor]]
 
 
 class Perturbation(Protocol):
-    """Where the second pass happens. One object serves one (micro-)batch."""
+    """Where the second pass runs. One object serves one (micro-)batch."""
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
         """Run the forward pass at w, and the passes that must come before it.
 
         Returns:
-            L(w), detached, and ``ascend(scale, statistics)``: a context, entered once, in which the second pass runs
-            at the perturbed weights. ``scale`` is what the loss was multiplied by before backward: a loss scale, or
-            zero for a dummy batch. ``statistics`` are filled, except for the sharpness. The context yields the scale
-            of the second pass. It is infinite where the ascent overflowed in fp16, as after any overflow: dynamic loss
-            scaling then skips the update.
+            L(w), detached, and ``ascend(scale, statistics)``: a context, entered once, for the second pass. ``scale``
+            is the factor on the loss in backward: a loss scale, or zero for a dummy batch. ``statistics`` are filled,
+            except for the sharpness. The context yields the scale of the second pass. It is infinite if the ascent
+            overflowed in fp16: dynamic loss scaling then skips the update, as after any overflow.
         """
 
 
@@ -116,8 +115,8 @@ def sharpness_aware_loss(
     """The loss at w, whose gradient is that at the perturbed weights.
 
     Args:
-        first: forward pass with all that the ascent needs. May be run several times.
-        second: forward pass; returns the loss (scalar) whose gradient is taken. Run in backward.
+        first: forward pass; returns all that the ascent needs. May be run several times.
+        second: forward pass, run in backward; returns the loss (scalar) whose gradient is taken.
         perturbation: of this batch.
         devices: where the model lives, for the replay of random numbers.
 
@@ -143,27 +142,25 @@ def sharpness_aware_loss(
     return _SharpnessAware.apply(anchor, value, backward), statistics
 
 
-def checked(objective: Objective) -> Objective:
-    """The objective itself.
+def check_losses(losses: Tensor) -> None:
+    """Refuse losses that are not one for each sample.
 
     Raises:
-        ValueError: the per-sample losses are not of shape (B,), B >= 1.
+        ValueError: the shape is not (B,), B >= 1.
     """
-    losses = objective.losses
     if losses.dim() != 1 or losses.numel() == 0:
         raise ValueError(
             f"Invalid per-sample losses of shape {tuple(losses.shape)}. Must be (B,) with B >= 1: one loss for each "
             "sample of the batch, e.g. from a loss function with reduction='none', summed over the sample's tokens."
         )
-    return objective
 
 
 def nodes_of(value: Tensor, known: Container[Any] = ()) -> Iterator[Any]:
-    """The nodes of the graph that `value` was computed by, each once, as far as they are wanted.
+    """The nodes of the graph of `value`, each once.
 
     Args:
-        value: a tensor; one without a graph has no nodes.
-        known: nodes to stop at; neither they nor what lies behind them only are given.
+        value: a tensor; without a graph it has no nodes.
+        known: nodes to leave out, with all that is reached only through them.
     """
     waiting, seen = [value.grad_fn], set()
     while waiting:

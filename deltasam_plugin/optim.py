@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.perturbation import BatchPerturbation
-from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
-from deltasam_plugin.loss import Objective, Perturbation, Statistics, sharpness_aware_loss
+from deltasam_plugin.loss import Objective, Statistics, sharpness_aware_loss
+from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.settings import Settings
 
 STEP = "delta_sam_step"
@@ -24,8 +23,8 @@ class DeltaSAM(Optimizer):
     .. math:: w \leftarrow \mathrm{base}\Bigl(w,\ \tfrac1B \sum_i \nabla\ell_i(w + \epsilon)\Bigr),\qquad
               \epsilon = \rho\,\frac{\sum_i v_i g_i}{\|\sum_i v_i g_i\|}
 
-    ``param_groups``, ``state`` and ``state_dict`` are the base optimizer's own, so that learning-rate schedulers and
-    checkpoints see the base optimizer; the number of steps taken travels in the first parameter group.
+    ``param_groups``, ``state`` and ``state_dict`` are the base optimizer's own: learning-rate schedulers and
+    checkpoints see the base optimizer. The first parameter group also keeps the number of steps taken.
 
     Args:
         params: parameters or parameter groups, as for any torch optimizer.
@@ -33,8 +32,8 @@ class DeltaSAM(Optimizer):
         rho: radius, L2 norm of the perturbation in parameter space.
         weighting: ``curvature`` or ``uniform`` (plain SAM).
         probes: number of curvature probes per step, two forward passes each.
-        probe_scale: length of a probe's displacement as a fraction of the weights' L2 norm.
-        perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for every sample, exactly.
+        probe_scale: length of a probe's displacement as a fraction of the parameters' L2 norm.
+        perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for each sample, exactly.
         **base_options: options of the base optimizer, by their own names.
 
     Raises:
@@ -59,7 +58,7 @@ class DeltaSAM(Optimizer):
         perturbation: str = Settings.perturbation,
         **base_options: Any,
     ) -> None:
-        # Deliberately without super().__init__(): there is one state, and it is the base optimizer's.
+        # Deliberately without super().__init__(): the only state is the base optimizer's.
         self.settings = Settings(rho, weighting, probes, probe_scale, perturbation)
         if not callable(base_optimizer):
             raise ValueError(f"Invalid base_optimizer={base_optimizer!r}. Must be a class, e.g. torch.optim.AdamW.")
@@ -67,7 +66,7 @@ class DeltaSAM(Optimizer):
             raise ValueError("Invalid base_optimizer LBFGS: it evaluates the loss itself. Use one that takes one step.")
         self.base_optimizer = base_optimizer(params, **base_options)
         self.statistics: Statistics | None = None
-        self._engine: InstanceEngine | None = None
+        self._perturbations: Perturbations | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings}, {self.base_optimizer!r})"
@@ -116,7 +115,7 @@ class DeltaSAM(Optimizer):
         self.base_optimizer.zero_grad(set_to_none)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
-        """One update: gradient at the perturbed weights, step of the base optimizer at the weights themselves.
+        """One update: the gradient at the perturbed weights, then the base optimizer's step from the original ones.
 
         Gradients are cleared first. To change them before the base optimizer uses them (clipping), register a hook with
         :meth:`register_step_pre_hook`.
@@ -126,11 +125,11 @@ class DeltaSAM(Optimizer):
                 ascent, once at the perturbed weights and twice per probe, with the same random numbers each time.
 
         Returns:
-            The mean of the losses at w, detached. What else was measured is in ``self.statistics``.
+            The mean of the losses at w, detached. ``self.statistics`` holds what else was measured.
 
         Raises:
             ValueError: there is no closure, it did not return one loss per sample, or no parameter is trainable.
-            Whatever the closure raises, with the weights as they were.
+            Whatever the closure raises comes through, with the weights as they were.
         """
         if closure is None:
             raise ValueError(
@@ -148,25 +147,24 @@ class DeltaSAM(Optimizer):
             return Objective(losses.mean(), losses)
 
         group = self.param_groups[0]
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        if not parameters:
-            raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
+        step = group.get(STEP, 0)
         self.zero_grad()
         with torch.enable_grad():
-            perturbation = self._perturbation(parameters, group.get(STEP, 0))
-            devices = {parameter.device for parameter in parameters}
-            loss, self.statistics = sharpness_aware_loss(first, lambda: closure().mean(), perturbation, devices)
+            perturbations = self._current_perturbations()
+            loss, self.statistics = sharpness_aware_loss(
+                first, lambda: closure().mean(), perturbations.of_batch(step), perturbations.devices
+            )
             loss.backward()
         self.base_optimizer.step()
-        group[STEP] = group.get(STEP, 0) + 1
+        group[STEP] = step + 1
         return loss.detach()
 
-    def _perturbation(self, parameters: list[nn.Parameter], step: int) -> Perturbation:
-        if self.settings.perturbation == "batch" or self.settings.rho == 0:
-            return BatchPerturbation(
-                [PerturbedParameter(parameter) for parameter in parameters], None, self.settings, step
-            )
-        if self._engine is None or [id(p) for p in self._engine.parameters] != [id(p) for p in parameters]:
-            names = [f"parameter {index}" for index in range(len(parameters))]
-            self._engine = InstanceEngine(zip(names, parameters, strict=True), self.settings.rho)
-        return InstancePerturbation(self._engine)
+    def _current_perturbations(self) -> Perturbations:
+        """Those of the parameters that are trained now, by the settings of now."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not trained:
+            raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
+        if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
+            parameters = {f"parameter {index}": PerturbedParameter(p) for index, p in enumerate(trained)}
+            self._perturbations = Perturbations(parameters, self.settings)
+        return self._perturbations

@@ -47,15 +47,15 @@ def observed_dtypes(parameters: Iterable[Tensor]) -> Iterator[set[torch.dtype]]:
 
 
 def spacing(parameters: Sequence[Tensor], rho: float) -> tuple[float, float, float]:
-    r"""What a perturbation of length :math:`\rho` is for a single weight, beside the spacing of the numbers there.
+    r"""The size of a perturbation of length :math:`\rho` in a single element, and the spacing of the numbers there.
 
     Args:
-        parameters: P weights in all, of one dtype.
+        parameters: P elements in all, of one dtype.
         rho: L2 norm of the perturbation.
 
     Returns:
-        The root mean square of the perturbation, :math:`\rho/\sqrt P`; that of the weights; and the spacing of numbers
-        of that size.
+        The root mean square of the perturbation, :math:`\rho/\sqrt P`; that of the parameters; and the spacing of
+        numbers of that size.
     """
     count = sum(parameter.numel() for parameter in parameters)
     squares = torch.stack([at_least_float32(parameter.detach()).square().sum() for parameter in parameters])

@@ -1,8 +1,7 @@
 """Run a forward pass again under the conditions of its first run.
 
-A second forward pass is the first one's twin only if it draws the same random numbers (dropout, LayerDrop, masking),
-computes in the same autocast precision and leaves no trace in statistics that the model collects. This module knows
-these conditions and nothing else.
+A second forward pass repeats the first only if it draws the same random numbers (dropout, LayerDrop, masking) and
+computes in the same autocast precision. It must also leave no trace in the statistics that the model collects.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class RandomState:
     def seed(self) -> int:
         """A seed that this state determines, drawn without advancing any generator.
 
-        fairseq seeds torch anew for every update, so there it is a function of seed and update (and of the position
-        within the update as soon as anything was drawn): a resumed run meets the same seeds.
+        fairseq seeds torch for every update. There it is a function of seed and update, and of the position within the
+        update once anything was drawn: a resumed run gets the same seeds.
         """
         generator = torch.Generator()
         generator.set_state(self.cpu)
@@ -70,30 +69,29 @@ class RandomState:
 def frozen_statistics() -> Iterator[None]:
     """Within this context batch and instance normalisation leave their running statistics as they were.
 
-    The layers are found as they run, by a module hook, so that a bare closure needs to name no model.
+    A module hook finds the layers as they run: the caller may know no model, only a closure.
     """
-    saved: dict[Tensor, Tensor] = {}
+    originals: dict[Tensor, Tensor] = {}
 
     def remember(module: nn.Module, inputs: Any) -> None:
         if isinstance(module, _NormBase) and module.training and module.track_running_stats:
             for buffer in module.buffers(recurse=False):
-                saved.setdefault(buffer, buffer.clone())
+                originals.setdefault(buffer, buffer.clone())
 
     handle = nn.modules.module.register_module_forward_pre_hook(remember)
     try:
         yield
     finally:
         handle.remove()
-        for buffer, value in saved.items():
+        for buffer, value in originals.items():
             buffer.copy_(value)
 
 
 class UnseededGenerators:
-    """The generators that a forward pass makes with ``numpy.random.default_rng()``, that is, without a seed.
+    """The generators that a forward pass makes with ``numpy.random.default_rng()``, without a seed.
 
-    These start from the operating system's entropy, which no state captures (fairseq draws the masks of wav2vec 2.0
-    and HuBERT from such). So each is remembered as it was made; the n-th one of a later pass starts as the n-th of the
-    first pass did.
+    They start from the operating system's entropy, which no state captures (fairseq draws the masks of wav2vec 2.0 and
+    HuBERT from them). Each is remembered as it was made; the n-th of a later pass starts as the n-th of the first.
     """
 
     def __init__(self) -> None:
@@ -102,7 +100,7 @@ class UnseededGenerators:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """One pass, of this thread: remember what it makes, or give it what was remembered."""
+        """One pass of this thread: remember the generators that it makes, or return those remembered."""
         thread, count, before = threading.get_ident(), itertools.count(), np.random.default_rng
 
         def default_rng(seed: Any = None) -> np.random.Generator:
@@ -122,10 +120,10 @@ class UnseededGenerators:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a forward pass depends on beside weights and inputs: random state and autocast.
+    """What a forward pass depends on besides parameters and inputs: random state and autocast.
 
-    Capture it before the first run; every `with conditions.replayed():` repeats them and leaves the generators, the
-    autocast state and the batch-norm statistics as it found them.
+    Capture them before the first run. Every `with conditions.replayed():` repeats them, and leaves generators, autocast
+    state and batch-norm statistics as it found them.
     """
 
     random: RandomState
@@ -134,7 +132,7 @@ class Conditions:
 
     @classmethod
     def capture(cls, devices: set[torch.device]) -> Conditions:
-        """Record the conditions of now.
+        """Record the present conditions.
 
         Args:
             devices: where the model lives; CUDA generators and autocast are per device.

@@ -1,4 +1,4 @@
-"""What a user can set, checked once and then never again."""
+"""What a user can set, checked once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Settings:
         rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space.
         weighting: name of the weighting of the samples in the ascent, one of ``WEIGHTINGS``.
         probes: number K >= 1 of Gaussian probes averaged by the curvature weighting.
-        probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the weights
+        probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the parameters
             (dimensionless): :math:`E\|\sigma u\|^2 = (\text{probe\_scale}\,\|w\|)^2`.
-        perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for every sample, exactly
-            (weighting, probes and sync have no part in it).
-        sync: whether data-parallel workers share one perturbation, that of the union of their batches; by default each
+        perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for each sample, exactly. The
+            latter does not use weighting, probes and sync.
+        sync: data-parallel workers share one perturbation, that of the union of their batches. By default each worker
             perturbs by its own batch (m-sharpness).
 
     Raises:

@@ -137,7 +137,7 @@ def test_a_batch_of_one_is_sam_bit_for_bit_whatever_the_weighting(base):
     assert_same(delta, plain)
 
 
-def test_false_curvature_weights_are_not_sam():
+def test_curvature_weights_are_not_sam():
     delta, plain = optimizers(SGD, rho=0.1, weighting="curvature")
     train(*delta, range(2))
     train(*plain, range(2), step=sam_step(0.1))
@@ -393,7 +393,9 @@ def test_a_step_that_cannot_be_taken_is_refused():
 
 
 @pytest.mark.parametrize("weighting", ["curvature", "uniform"])
-@pytest.mark.parametrize(("reduce", "shape"), [(torch.mean, "()"), (lambda losses: losses[:0], "(0,)")])
+@pytest.mark.parametrize(
+    ("reduce", "shape"), [(torch.mean, "()"), (lambda losses: losses[:0], "(0,)"), (torch.diag, "(6, 6)")]
+)
 def test_a_closure_that_does_not_return_one_loss_per_sample_is_refused(weighting, reduce, shape):
     model = Net()
     optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, weighting=weighting, lr=0.1)

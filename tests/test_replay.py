@@ -1,4 +1,4 @@
-"""A replayed forward pass is the first one's twin and leaves no trace."""
+"""A replayed forward pass repeats the first and leaves no trace."""
 
 import contextlib
 import random

@@ -1,8 +1,8 @@
-r"""Move the weights, and put them back bit for bit.
+r"""Move parameters, and restore them bit for bit.
 
-Weights are written through ``.data``: autograd's version check must not see a move that is undone before anything is
-read again. What was moved is recorded in a copy beforehand and copied back in ``finally``; it is never recomputed by
-subtraction and never inferred from which parameters happen to have a gradient.
+Parameters are written through ``.data``: autograd's version check must not see a move that is undone before anything is
+read again. A copy is made before the move and copied back in ``finally``. Nothing is recomputed by subtraction, or
+inferred from which parameters have a gradient.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from deltasam_plugin.precision import at_least_float32
 
 @dataclass(frozen=True)
 class PerturbedParameter:
-    """A parameter of the model, and the full-precision copy that the optimizer keeps of it, where there is one.
+    """A parameter that is perturbed, with its fp32 master.
 
     Args:
         parameter: what the forward pass reads.
-        master: same shape, fp32, or None where the optimizer works on `parameter` itself. In half precision a small
-            perturbation is far below the spacing of the weights: it is added to the master and then rounded, so that it
-            survives on average, and not added to the rounded weight, where it would be lost.
-        rewritten: the forward pass itself replaces the parameter by a function of it (fairseq's quantization noise): a
-            second forward pass must start from what the first one started from.
+        master: the optimizer's fp32 copy, of the same shape; None if the optimizer works on `parameter` itself. In half
+            precision a small step is far below the spacing of the numbers. It is added to the master and then rounded,
+            which keeps it on average; added to the rounded parameter it would be lost.
+        rewritten: the forward pass replaces the parameter by a function of it (fairseq's quantization noise). A second
+            forward pass must start from the value that the first one started from.
     """
 
     parameter: Tensor
@@ -35,8 +35,8 @@ class PerturbedParameter:
     rewritten: bool = False
 
     @property
-    def exact(self) -> Tensor:
-        """The weight in the best precision there is, detached."""
+    def value(self) -> Tensor:
+        """The parameter in the best precision that is kept of it, detached."""
         return self.parameter.detach() if self.master is None else self.master.detach()
 
 
@@ -72,50 +72,57 @@ def dense(tensor: Tensor) -> Tensor:
     return at_least_float32(tensor.to_dense() if tensor.is_sparse else tensor)
 
 
+def originals_of_rewritten(parameters: Sequence[PerturbedParameter]) -> list[Tensor | None]:
+    """Copies of the parameters that a forward pass is about to rewrite; None for all others."""
+    return [p.parameter.detach().clone() if p.rewritten else None for p in parameters]
+
+
 @contextmanager
-def restored(weights: Sequence[PerturbedParameter]) -> Iterator[list[Tensor]]:
-    """Whatever happens inside this context, the parameters are afterwards what they were, bit for bit.
+def restored(
+    parameters: Sequence[PerturbedParameter], rewritten: Sequence[Tensor | None] = ()
+) -> Iterator[list[Tensor]]:
+    """After this context the parameters are what they were before it, bit for bit, whatever happens inside.
+
+    Args:
+        parameters: all that may move.
+        rewritten: from :func:`originals_of_rewritten`, taken before a forward pass rewrote parameters.
 
     Yields:
-        The copies, one per weight, to be read only.
+        The originals to displace from, one per parameter: the values at entry, or those in `rewritten`. Read only.
     """
-    saved = [weight.parameter.detach().clone() for weight in weights]
+    copies = [p.parameter.detach().clone() for p in parameters]
     try:
-        yield saved
+        if not rewritten:
+            rewritten = [None] * len(parameters)
+        yield [copy if old is None else old for copy, old in zip(copies, rewritten, strict=True)]
     finally:
-        for weight, copy in zip(weights, saved, strict=True):
-            weight.parameter.data.copy_(copy)
-
-
-def origins(weights: Sequence[PerturbedParameter]) -> list[Tensor | None]:
-    """Copies of the parameters that a forward pass is about to rewrite; None for all others."""
-    return [weight.parameter.detach().clone() if weight.rewritten else None for weight in weights]
+        for p, copy in zip(parameters, copies, strict=True):
+            p.parameter.data.copy_(copy)
 
 
 def displace(
-    weights: Sequence[PerturbedParameter], saved: Sequence[Tensor], steps: Iterable[Tensor | None], scale: Tensor
+    parameters: Sequence[PerturbedParameter], originals: Sequence[Tensor], steps: Iterable[Tensor | None], scale: Tensor
 ) -> None:
-    """Set every parameter to its exact weight plus ``scale * step``; to be called inside :func:`restored`.
+    """Set every parameter to its original plus ``scale * step``; to be called inside :func:`restored`.
 
     Args:
-        weights: what to move.
-        saved: what they are without a step, one copy per weight.
-        steps: one per weight, of its shape, consumed one at a time; None moves nothing.
-        scale: scalar. Where it is zero nothing moves at all, not even by rounding a master, whatever the steps hold.
+        parameters: what to move.
+        originals: from :func:`restored`, one per parameter.
+        steps: one per parameter, of its shape, consumed one at a time; None moves nothing.
+        scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
     """
-    for weight, copy, step in zip(weights, saved, steps, strict=True):
+    for p, original, step in zip(parameters, originals, steps, strict=True):
         if step is None:
-            weight.parameter.data.copy_(copy)
+            p.parameter.data.copy_(original)
             continue
         factor = scale.to(step.device)
-        exact = copy if weight.master is None else weight.exact
-        moved = exact + factor * dense(step)
-        weight.parameter.data.copy_(torch.where(factor != 0, moved.to(copy.dtype), copy))
+        moved = (original if p.master is None else p.value) + factor * dense(step)
+        p.parameter.data.copy_(torch.where(factor != 0, moved.to(original.dtype), original))
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """What became of an ascent step: scalars on the weights' device.
+    """Result of an ascent step: scalars on the parameters' device.
 
     Attributes:
         gradient_norm: L2 norm of the ascent gradient, 0 where it was not finite.
@@ -132,35 +139,30 @@ class Ascent:
 
 @contextmanager
 def ascended(
-    weights: Sequence[PerturbedParameter],
+    parameters: Sequence[PerturbedParameter],
     gradients: list[Tensor | None],
     rho: float,
-    starts: Sequence[Tensor | None] = (),
+    rewritten: Sequence[Tensor | None] = (),
 ) -> Iterator[Ascent]:
-    r"""Within this context the weights are :math:`w + \epsilon,\ \epsilon = \rho\,g/\|g\|`; afterwards they are w.
+    r"""Within this context the parameters are :math:`w + \epsilon,\ \epsilon = \rho\,g/\|g\|`; afterwards they are w.
 
-    Nothing waits for the device: a zero or non-finite gradient is told apart on it, and gives :math:`\epsilon = 0`.
+    Zero and non-finite gradients are told apart on the device, which nothing waits for. They give :math:`\epsilon = 0`.
 
     Args:
-        weights: all that may move.
-        gradients: g, one per weight, of its shape; None counts as zero. Emptied, so that the context holds one copy of
-            the weights and nothing more.
+        parameters: all that may move.
+        gradients: g, one per parameter, of its shape; None counts as zero. The list is emptied, to free the memory.
         rho: radius, L2 norm in parameter space.
-        starts: from :func:`origins` before the first forward pass, where that may have rewritten parameters.
+        rewritten: as for :func:`restored`.
 
     Reference: Foret et al. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
     """
     norm = global_norm(gradient for gradient in gradients if gradient is not None)
     usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny)  # below it g/‖g‖ has no precision left
     unit = torch.where(usable, norm, 1)
-    with restored(weights) as saved:
+    with restored(parameters, rewritten) as originals:
         # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
         steps = (None if g is None else dense(g) / unit.to(g.device) for g in gradients)
-        bases = (
-            [copy if start is None else start for copy, start in zip(saved, starts, strict=True)] if starts else saved
-        )
-        displace(weights, bases, steps, torch.where(usable, torch.full_like(norm, rho), 0))
+        displace(parameters, originals, steps, torch.where(usable, torch.full_like(norm, rho), 0))
         gradients.clear()
-        differences = (dense(w.parameter) - dense(base) for w, base in zip(weights, bases, strict=True))
-        moved = global_norm(differences)
+        moved = global_norm(dense(p.parameter) - dense(old) for p, old in zip(parameters, originals, strict=True))
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

@@ -1,7 +1,7 @@
 r"""One perturbation for the whole batch: SAM, and δ-SAM's reweighted ascent.
 
-Order within one (micro-)batch: probes, while no graph is alive; ascent forward; then in backward: weights, ascent
-gradient, perturbation; the second pass; restoration.
+Order within one (micro-)batch: probes, while no graph is alive; ascent forward; then, in backward, weights, ascent
+gradient, perturbation, second pass, restoration.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, origins
+from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, originals_of_rewritten
 from deltasam_plugin.batch.probing import probe_losses
 from deltasam_plugin.batch.weighting import (
     curvature_weights,
@@ -22,7 +22,7 @@ from deltasam_plugin.batch.weighting import (
     uniform_weights,
 )
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
-from deltasam_plugin.loss import Ascend, Objective, Statistics, checked, leaves_of
+from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses, leaves_of
 from deltasam_plugin.precision import coarsest, observed_dtypes
 from deltasam_plugin.replay import Conditions
 from deltasam_plugin.settings import Settings
@@ -35,24 +35,24 @@ class BatchPerturbation:
     weights ascend the whole loss.
 
     Args:
-        weights: what is perturbed.
-        leaves: every parameter that the ascent's backward pass may reach; their ``.grad`` is kept free of it.
-            None where the caller does not know them: `weights` and what the graph shows, all but what lies behind
-            activation checkpointing.
+        parameters: what is perturbed.
+        leaves: every parameter that the ascent's backward pass may reach; their ``.grad`` is kept free of it. None if
+            the caller does not know them: then `parameters`, and what the graph shows. It does not show what lies
+            behind activation checkpointing.
         settings: validated settings.
-        step: of the caller's own counting; makes the probes of steps differ where nothing else draws random numbers.
-        workers: those that share one perturbation; alone by default.
+        step: the caller's count of steps. Makes probes differ from step to step if nothing draws random numbers.
+        workers: those that share one perturbation; by default this one alone.
     """
 
     def __init__(
         self,
-        weights: Sequence[PerturbedParameter],
+        parameters: Sequence[PerturbedParameter],
         leaves: Sequence[Tensor] | None,
         settings: Settings,
         step: int = 0,
         workers: Workers = NO_SYNC,
     ) -> None:
-        self._weights = weights
+        self._parameters = parameters
         self._leaves = leaves
         self._settings = settings
         self._step = step
@@ -60,10 +60,11 @@ class BatchPerturbation:
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
         """Probe, then run the ascent forward. See :class:`deltasam_plugin.loss.Perturbation`."""
-        originals = origins(self._weights)
+        rewritten = originals_of_rewritten(self._parameters)
         losses_around = self._probe(forward, conditions) if self._settings.weighting == "curvature" else None
-        with observed_dtypes(weight.parameter for weight in self._weights) as dtypes:
-            objective = checked(forward())
+        with observed_dtypes(p.parameter for p in self._parameters) as dtypes:
+            objective = forward()
+        check_losses(objective.losses)
         dtype = coarsest(dtypes)
         curvature: tuple[Tensor, Tensor] | None = None
         if losses_around is not None:
@@ -77,7 +78,7 @@ class BatchPerturbation:
             largest = all_weights.amax()
             gradients = self._ascent_gradients(objective, sample_weights / largest, scale)
             del objective  # frees what is left of the first graph
-            with ascended(self._weights, gradients, self._settings.rho, originals) as ascent:
+            with ascended(self._parameters, gradients, self._settings.rho, rewritten) as ascent:
                 norm = ascent.gradient_norm * largest / scale.abs()
                 statistics.fill(
                     ess=effective_sample_size(all_weights),
@@ -91,7 +92,7 @@ class BatchPerturbation:
         return objective.loss.detach(), ascend
 
     def _probe(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Tensor]:
-        """Losses on both sides of the weights, (K, B) each."""
+        """Losses at both ends of each probe, (K, B) each."""
 
         def losses() -> Tensor:
             with conditions.replayed():
@@ -99,7 +100,7 @@ class BatchPerturbation:
 
         settings = self._settings
         seed = self._workers.broadcast_seed(conditions.random.seed() + self._step * settings.probes)
-        return probe_losses(losses, self._weights, settings.probes, settings.probe_scale, seed)
+        return probe_losses(losses, self._parameters, settings.probes, settings.probe_scale, seed)
 
     def _sample_weights(
         self, losses: Tensor, curvature: tuple[Tensor, Tensor] | None, scale: Tensor
@@ -113,9 +114,10 @@ class BatchPerturbation:
         return all_weights[own], all_weights
 
     def _ascent_gradients(self, objective: Objective, relative: Tensor, scale: Tensor) -> list[Tensor | None]:
-        r"""The gradient of the reweighted loss, relative to the largest weight: exactly 1 each where weights are
-        uniform, so that uniform weights are SAM to the bit. It carries the loss scale, without which a
-        half-precision gradient would underflow.
+        """The gradient of the reweighted loss, with weights relative to the largest.
+
+        Uniform weights are exactly 1 there, and give SAM bit for bit. The gradient carries the loss scale; without it,
+        half precision would underflow.
         """
         losses = objective.losses
         with torch.enable_grad():
@@ -124,11 +126,11 @@ class BatchPerturbation:
                 ascended_loss = ascended_loss + relative.mean().to(losses.dtype) * objective.shared
         leaves = self._leaves
         if leaves is None:
-            leaves = [*(weight.parameter for weight in self._weights), *leaves_of(ascended_loss)]
+            leaves = [*(p.parameter for p in self._parameters), *leaves_of(ascended_loss)]
         with stashed_gradients(leaves):
             ascended_loss.backward(scale.to(ascended_loss.dtype))
-            gradients = [weight.parameter.grad for weight in self._weights]
-        return self._workers.all_reduce(gradients, self._weights)
+            gradients = [p.parameter.grad for p in self._parameters]
+        return self._workers.all_reduce(gradients, self._parameters)
 
 
 @contextmanager

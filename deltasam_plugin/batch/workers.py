@@ -1,7 +1,7 @@
 """Data-parallel workers that share one perturbation.
 
-By default every worker perturbs by its own batch (m-sharpness, as SAM's reference implementation does) and nothing
-here communicates. Workers that share see one batch, the union of theirs: one direction to probe along, weights over all
+By default every worker perturbs by its own batch (m-sharpness, as SAM's reference implementation does), and nothing
+here communicates. Workers that share act on the union of their batches: one direction to probe along, weights over all
 samples, one ascent gradient.
 """
 
@@ -41,7 +41,7 @@ class Workers:
         return sum(self._from_each(count if bool(scale != 0) else 0))
 
     def all_gather(self, differences: Tensor, floor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, slice]:
-        """What the probes of all workers measured, side by side.
+        """The measurements of all workers' probes, side by side.
 
         Args:
             differences: of this worker's samples, shape (K, B).
@@ -49,7 +49,7 @@ class Workers:
             scale: of this worker's loss; the samples of a worker whose loss is multiplied by zero do not count.
 
         Returns:
-            Differences and floor of all samples, shape (K, B₁ + B₂ + …), and where this worker's own stand in them.
+            Differences and floor of all samples, shape (K, B₁ + B₂ + …), and the slice of this worker's own.
         """
         if self.group is None:
             return differences, floor, slice(None)
@@ -69,13 +69,15 @@ class Workers:
         dist.all_gather_object(given, own, group=self.group)
         return given
 
-    def all_reduce(self, gradients: list[Tensor | None], weights: Sequence[PerturbedParameter]) -> list[Tensor | None]:
+    def all_reduce(
+        self, gradients: list[Tensor | None], parameters: Sequence[PerturbedParameter]
+    ) -> list[Tensor | None]:
         """The sum of all workers' ascent gradients, in at least fp32; those of a worker on its own as they are."""
         if self.group is None:
             return gradients
         total: list[Tensor | None] = []
-        for gradient, weight in zip(gradients, weights, strict=True):
-            own = torch.zeros_like(dense(weight.parameter)) if gradient is None else dense(gradient).clone()
+        for gradient, p in zip(gradients, parameters, strict=True):
+            own = torch.zeros_like(dense(p.parameter)) if gradient is None else dense(gradient).clone()
             dist.all_reduce(own, group=self.group)
             total.append(own)
         return total

@@ -88,9 +88,8 @@ class SharpnessAwareCriterion(FairseqCriterion):
                 return objective(model)[0].losses.sum()
             return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
-        devices = {weight.parameter.device for weight in optimizer.weights(inner, self)}
-        perturbation = optimizer.perturbation(inner, self)
-        loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
+        perturbations = optimizer.perturbations(inner, self)
+        loss, statistics = sharpness_aware_loss(first, second, perturbations.of_batch(), perturbations.devices)
         sample_size, logging_output = results[0]
         for item in fields(Statistics):
             logging_output[f"sam_{item.name}"] = getattr(statistics, item.name)

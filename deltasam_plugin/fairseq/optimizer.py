@@ -10,7 +10,6 @@ import weakref
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,13 +20,11 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.weighting import ROUNDING_FACTOR, WEIGHTINGS
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.config import NAME, BaseOptions
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
-from deltasam_plugin.loss import Perturbation
+from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.precision import coarsest, observed_dtypes, spacing
 from deltasam_plugin.settings import PERTURBATIONS, Settings
 
@@ -85,46 +82,38 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     settings: Settings
     _given: list[Tensor]
-    _weights: dict[tuple[nn.Module, ...], list[PerturbedParameter]]
-    _engines: dict[tuple[nn.Module, ...], InstanceEngine]
+    _perturbations: dict[tuple[nn.Module, ...], Perturbations]
 
-    def weights(self, *modules: nn.Module) -> list[PerturbedParameter]:
-        """The parameters of `modules` that are trained, each with the optimizer's fp32 copy of it where there is one.
+    def perturbations(self, model: nn.Module, criterion: nn.Module) -> Perturbations:
+        """The perturbations of model and criterion, in the order in which fairseq's trainer collects their parameters.
 
         Args:
-            modules: model and criterion, in the order in which fairseq's trainer collects their parameters; or the part
-                of the model that a multilingual task trains on the batch.
+            model: the model, or the part of it that a multilingual task trains on the batch.
+            criterion: its criterion.
 
         Raises:
-            RuntimeError: the optimizer holds something else than these parameters or copies of them.
+            RuntimeError: the optimizer holds something else than their trained parameters or copies of them.
         """
-        if modules not in self._weights:
-            parameters = [p for p in chain(*(module.parameters() for module in modules)) if p.requires_grad]
-            rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
-            idle = {id(p) for module in modules for p in fast_path_copies(module)}
-            paired = zip(parameters, pair_masters(parameters, self._given), strict=True)
-            weights = [PerturbedParameter(p, master, id(p) in rewritten) for p, master in paired if id(p) not in idle]
-            warn_of_half_precision(weights, self.settings)
-            self._weights[modules] = weights
-        return self._weights[modules]
-
-    def perturbation(self, *modules: nn.Module) -> Perturbation:
-        """The perturbation of one (micro-)batch of model and criterion."""
-        weights = self.weights(*modules)
-        if self.settings.perturbation == "batch" or self.settings.rho == 0:
-            leaves = [parameter for module in modules for parameter in module.parameters()]
-            return BatchPerturbation(weights, leaves, self.settings, workers=self.workers)
-        if modules not in self._engines:
-            perturbed = {id(weight.parameter) for weight in weights}
-            names = {
-                parameter: prefix + name
+        modules = model, criterion
+        if modules not in self._perturbations:
+            every = {
+                prefix + name: parameter
                 for prefix, module in zip(("", "criterion."), modules, strict=True)
                 for name, parameter in module.named_parameters()
-                if id(parameter) in perturbed
             }
-            named = [(name, parameter) for parameter, name in names.items()]
-            self._engines[modules] = InstanceEngine(named, self.settings.rho)
-        return InstancePerturbation(self._engines[modules])
+            trained = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
+            masters = pair_masters(list(trained.values()), self._given)
+            rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
+            idle = {id(p) for module in modules for p in fast_path_copies(module)}
+            perturbed = {
+                name: PerturbedParameter(p, master, id(p) in rewritten)
+                for (name, p), master in zip(trained.items(), masters, strict=True)
+                if id(p) not in idle
+            }
+            warn_of_half_precision(list(perturbed.values()), self.settings)
+            leaves = list(every.values())
+            self._perturbations[modules] = Perturbations(perturbed, self.settings, leaves, self.workers)
+        return self._perturbations[modules]
 
     @property
     def workers(self) -> Workers:
@@ -153,9 +142,9 @@ def fast_path_copies(module: nn.Module) -> list[Tensor]:
     return [p for layer in module.modules() if hasattr(layer, "BT_version") for p in layer.parameters(recurse=False)]
 
 
-def warn_of_half_precision(weights: Sequence[PerturbedParameter], settings: Settings) -> None:
+def warn_of_half_precision(perturbed: Sequence[PerturbedParameter], settings: Settings) -> None:
     """Say in numbers what half precision costs: perturbations below the weights' spacing, probes below rounding."""
-    parameters = [weight.parameter for weight in weights]
+    parameters = [p.parameter for p in perturbed]
     with observed_dtypes(parameters) as dtypes:
         dtype = coarsest(dtypes)
     name, eps = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
@@ -167,7 +156,7 @@ def warn_of_half_precision(weights: Sequence[PerturbedParameter], settings: Sett
             "the rounding floor. A batch in which no sample rises above it gets uniform weights, and sam_ess is 1. A "
             "larger --sam-probe-scale raises the signal; --sam-weighting uniform saves the probes."
         )
-    without_master = [w.parameter for w in weights if w.master is None and w.parameter.dtype == dtype]
+    without_master = [p.parameter for p in perturbed if p.master is None and p.parameter.dtype == dtype]
     if without_master:
         step, size, distance = spacing(without_master, settings.rho)
         logger.warning(
@@ -242,6 +231,6 @@ class FairseqDeltaSAM(FairseqOptimizer):
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
         optimizer._given = params
-        optimizer._weights, optimizer._engines = {}, {}
+        optimizer._perturbations = {}
         _latest = weakref.ref(optimizer)
         return optimizer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.instance.engine import InstanceEngine
-from deltasam_plugin.loss import Ascend, Objective, Statistics, checked
+from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses
 from deltasam_plugin.precision import observed_dtypes
 from deltasam_plugin.replay import Conditions
 
@@ -31,7 +31,8 @@ class InstancePerturbation:
             ValueError: the per-sample losses are not of shape (B,), or a part of the loss belongs to no sample.
         """
         with observed_dtypes(self._engine.parameters) as dtypes, self._engine.recording() as tape:
-            objective = checked(forward())
+            objective = forward()
+        check_losses(objective.losses)
         if objective.shared is not None:
             raise ValueError(
                 "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample: it has no "

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, displace, global_norm, origins, restored
+from deltasam_plugin.batch.displacement import (
+    PerturbedParameter,
+    ascended,
+    displace,
+    global_norm,
+    originals_of_rewritten,
+    restored,
+)
 
 INTEGERS = {
     torch.float64: torch.int64,
@@ -158,8 +165,8 @@ def test_whatever_happens_inside_the_weights_come_back_bit_for_bit(values, fails
     parameters = [parameter(value) for value in values]
     before = bits(parameters)
     try:
-        with restored([PerturbedParameter(weight) for weight in parameters]) as saved:
-            assert bits(saved) == before
+        with restored([PerturbedParameter(weight) for weight in parameters]) as originals:
+            assert bits(originals) == before
             for weight in parameters:  # whether it has a gradient or not
                 weight.data.copy_(data.draw(arrays(tuple(weight.shape), st.floats(width=32))))
             if fails:
@@ -209,34 +216,34 @@ def test_the_gradients_are_released():
 
 
 def test_displacing_again_starts_from_the_weights_and_not_from_where_they_are():
-    weights = [PerturbedParameter(parameter([1.0, 2.0])), PerturbedParameter(parameter([3.0]))]
-    with restored(weights) as saved:
-        displace(weights, saved, [torch.ones(2), torch.ones(1)], torch.tensor(0.5))
-        displace(weights, saved, [torch.ones(2), None], torch.tensor(-0.25))
-        assert [weight.parameter.tolist() for weight in weights] == [[0.75, 1.75], [3.0]]
+    parameters = [PerturbedParameter(parameter([1.0, 2.0])), PerturbedParameter(parameter([3.0]))]
+    with restored(parameters) as originals:
+        displace(parameters, originals, [torch.ones(2), torch.ones(1)], torch.tensor(0.5))
+        displace(parameters, originals, [torch.ones(2), None], torch.tensor(-0.25))
+        assert [perturbed.parameter.tolist() for perturbed in parameters] == [[0.75, 1.75], [3.0]]
 
 
 @pytest.mark.parametrize("rho", [5.0, 0.0])
 def test_a_parameter_that_the_forward_pass_rewrites_is_perturbed_from_what_it_was_before(rho):
-    weights = [PerturbedParameter(parameter([1.0, 2.0]), rewritten=True), PerturbedParameter(parameter([5.0]))]
-    weights.append(PerturbedParameter(parameter([7.0]), rewritten=True))
-    starts = origins(weights)
-    assert [start if start is None else start.tolist() for start in starts] == [[1.0, 2.0], None, [7.0]]
-    for weight in weights:
-        weight.parameter.data.fill_(9)  # what the first pass made of them
+    parameters = [PerturbedParameter(parameter([1.0, 2.0]), rewritten=True), PerturbedParameter(parameter([5.0]))]
+    parameters.append(PerturbedParameter(parameter([7.0]), rewritten=True))
+    originals = originals_of_rewritten(parameters)
+    assert [original if original is None else original.tolist() for original in originals] == [[1.0, 2.0], None, [7.0]]
+    for perturbed in parameters:
+        perturbed.parameter.data.fill_(9)  # what the first pass made of them
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([4.0]), None]
-    with ascended(weights, gradients, rho, starts) as ascent:
+    with ascended(parameters, gradients, rho, originals) as ascent:
         moved = [[1.0 + 0.6 * rho, 2.0], [9.0 + 0.8 * rho], [7.0]]
-        assert [weight.parameter.tolist() for weight in weights] == moved
+        assert [perturbed.parameter.tolist() for perturbed in parameters] == moved
         assert ascent.moved.item() == rho
-    assert [weight.parameter.tolist() for weight in weights] == [[9.0, 9.0], [9.0], [9.0]]
+    assert [perturbed.parameter.tolist() for perturbed in parameters] == [[9.0, 9.0], [9.0], [9.0]]
 
 
 @given(arrays(3, WEIGHTS).map(parameter), arrays(3, st.floats(width=32)))
 def test_a_scale_of_zero_moves_nothing_whatever_the_step_holds(weight, step):
     before = bits([weight])
-    with restored([PerturbedParameter(weight)]) as saved:
-        displace([PerturbedParameter(weight)], saved, [step], torch.tensor(0.0))
+    with restored([PerturbedParameter(weight)]) as originals:
+        displace([PerturbedParameter(weight)], originals, [step], torch.tensor(0.0))
         assert bits([weight]) == before
 
 

@@ -45,23 +45,23 @@ def quadratics(draw, factors=None):
     return [PerturbedParameter(parameter) for parameter in parameters], hessians, losses, factors
 
 
-def probed(losses, weights, probes, scale, seed):
+def probed(losses, parameters, probes, scale, seed):
     """The second differences (K, B), and a bound on the rounding in them."""
-    plus, minus = probe_losses(losses, weights, probes, scale, seed)
+    plus, minus = probe_losses(losses, parameters, probes, scale, seed)
     center = losses().detach()
     return second_difference(plus, minus, center), 1e-12 * (plus.abs() + minus.abs() + 2 * center.abs())
 
 
-def displacements(weights, probes, scale, seed):
-    """Where a probe puts the weights, relative to where they are: one flat tensor for each forward pass."""
-    home = torch.cat([weight.parameter.detach().flatten() for weight in weights])
+def displacements(parameters, probes, scale, seed):
+    """Where a probe puts the parameters, relative to where they are: one flat tensor for each forward pass."""
+    home = torch.cat([p.parameter.detach().flatten() for p in parameters])
     seen = []
 
     def losses():
-        seen.append(torch.cat([weight.parameter.detach().flatten() for weight in weights]) - home)
+        seen.append(torch.cat([p.parameter.detach().flatten() for p in parameters]) - home)
         return torch.zeros(1)
 
-    probe_losses(losses, weights, probes, scale, seed)
+    probe_losses(losses, parameters, probes, scale, seed)
     return seen
 
 
@@ -70,12 +70,12 @@ def displacements(weights, probes, scale, seed):
 
 @given(quadratics(), st.integers(1, 3), SCALES, SEEDS)
 def test_probes_are_exact_for_quadratics_at_any_scale(quadratic, probes, scale, seed):
-    weights, hessians, losses, _ = quadratic
-    differences, rounding = probed(losses, weights, probes, scale, seed)
-    home = torch.cat([weight.parameter.detach() for weight in weights])
+    parameters, hessians, losses, _ = quadratic
+    differences, rounding = probed(losses, parameters, probes, scale, seed)
+    home = torch.cat([p.parameter.detach() for p in parameters])
     sigma = scale * home.norm() / math.sqrt(home.numel())
     for probe in range(probes):
-        u = torch.cat(draw_direction(weights, seed + probe))
+        u = torch.cat(draw_direction(parameters, seed + probe))
         curvature = torch.einsum("p,bpq,q->b", u, hessians, u)
         slack = rounding[probe] + 1e-12 * sigma**2 * hessians.abs().sum() * u.square().sum()
         assert ((differences[probe] - sigma**2 * curvature).abs() <= slack).all()
@@ -83,8 +83,8 @@ def test_probes_are_exact_for_quadratics_at_any_scale(quadratic, probes, scale, 
 
 @given(quadratics(factors=st.lists(st.integers(-8, 8).filter(bool), min_size=1, max_size=5)), SCALES, SEEDS)
 def test_hessians_that_are_multiples_of_one_give_weights_proportional_to_the_multiples(quadratic, scale, seed):
-    weights, _, losses, factors = quadratic
-    differences, rounding = probed(losses, weights, 2, scale, seed)
+    parameters, _, losses, factors = quadratic
+    differences, rounding = probed(losses, parameters, 2, scale, seed)
     assume(rounding.max() < 1e-8 * differences.abs().amax(dim=0).min())  # M = 0, or a probe that hardly moves
     expected = factors.abs() / factors.abs().sum()
     torch.testing.assert_close(
@@ -104,28 +104,33 @@ def test_affine_losses_have_no_curvature(slopes, probes, scale, seed):
 
 @given(SEEDS)
 def test_the_seed_determines_the_direction(seed):
-    weights = [PerturbedParameter(torch.zeros(3, 2)), PerturbedParameter(torch.zeros(4))]
-    first, again, other = (torch.cat([u.flatten() for u in draw_direction(weights, s)]) for s in (seed, seed, seed + 1))
+    parameters = [PerturbedParameter(torch.zeros(3, 2)), PerturbedParameter(torch.zeros(4))]
+    first, again, other = (
+        torch.cat([u.flatten() for u in draw_direction(parameters, s)]) for s in (seed, seed, seed + 1)
+    )
     assert torch.equal(first, again)
     assert not (first == other).any()
-    assert len(set(first.tolist())) == 10  # no two weights share their number
+    assert len(set(first.tolist())) == 10  # no two elements share their number
 
 
 def test_the_direction_is_standard_normal_in_full_precision():
-    weights = [PerturbedParameter(torch.zeros(100, 100).half()), PerturbedParameter(torch.zeros(5, dtype=torch.double))]
-    weights.append(PerturbedParameter(torch.zeros(3).half(), torch.zeros(3)))
-    direction = draw_direction(weights, 1)
+    parameters = [
+        PerturbedParameter(torch.zeros(100, 100).half()),
+        PerturbedParameter(torch.zeros(5, dtype=torch.double)),
+    ]
+    parameters.append(PerturbedParameter(torch.zeros(3).half(), torch.zeros(3)))
+    direction = draw_direction(parameters, 1)
     assert [u.dtype for u in direction] == [torch.float32, torch.float64, torch.float32]
-    assert [u.shape for u in direction] == [weight.parameter.shape for weight in weights]
+    assert [u.shape for u in direction] == [p.parameter.shape for p in parameters]
     assert direction[0].mean().item() == pytest.approx(0, abs=0.03)
     assert direction[0].std().item() == pytest.approx(1, rel=0.03)
 
 
 @given(st.integers(1, 3), SEEDS)
 def test_both_sides_of_a_probe_lie_on_one_line_and_every_probe_has_its_own(probes, seed):
-    weights = [PerturbedParameter(torch.nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.double)))]
-    weights.append(PerturbedParameter(torch.nn.Parameter(torch.tensor([-3.0], dtype=torch.double))))
-    seen = displacements(weights, probes, 0.1, seed)
+    parameters = [PerturbedParameter(torch.nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.double)))]
+    parameters.append(PerturbedParameter(torch.nn.Parameter(torch.tensor([-3.0], dtype=torch.double))))
+    seen = displacements(parameters, probes, 0.1, seed)
     assert len(seen) == 2 * probes  # one forward pass each: the whole batch shares the direction
     for plus, minus in zip(seen[::2], seen[1::2], strict=True):
         torch.testing.assert_close(plus, -minus, rtol=0, atol=1e-14)
@@ -163,9 +168,9 @@ def generators():
 
 
 def test_the_global_generators_are_not_touched():
-    weights = [PerturbedParameter(torch.nn.Parameter(torch.ones(5)))]
+    parameters = [PerturbedParameter(torch.nn.Parameter(torch.ones(5)))]
     before = generators()
-    probe_losses(lambda: torch.zeros(2), weights, 3, 0.1, 0)
+    probe_losses(lambda: torch.zeros(2), parameters, 3, 0.1, 0)
     assert generators() == before
 
 

@@ -220,18 +220,18 @@ def test_the_effective_sample_size_is_one_when_uniform_and_one_over_the_batch_wh
 # --- what does NOT hold
 
 
-def test_false_a_loss_scale_of_one_sample_alone_changes_the_weights():
+def test_a_loss_scale_of_one_sample_alone_changes_the_weights():
     differences = torch.tensor([[1.0, 1.0]])
     assert curvature_weights(differences * torch.tensor([2.0, 1.0]), no_floor(differences)).tolist() == [2 / 3, 1 / 3]
 
 
-def test_false_constants_that_lift_the_floor_above_the_measurement_flatten_the_weights():
+def test_constants_that_lift_the_floor_above_the_measurement_flatten_the_weights():
     plus, minus, center = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 2.0]]), torch.zeros(2)
     assert weights_of(plus, minus, center, FLOAT32).tolist() == [1 / 3, 2 / 3]
     assert weights_of(plus + 1e9, minus + 1e9, center + 1e9, FLOAT32).tolist() == [1 / 2, 1 / 2]
 
 
-def test_false_the_weights_of_two_probes_are_not_the_mean_of_each_probe_s_weights():
+def test_the_weights_of_two_probes_are_not_the_mean_of_each_probe_s_weights():
     one, other = torch.tensor([[1.0, 7.0]]), torch.tensor([[1.0, 1.0]])
     together = curvature_weights(torch.cat([one, other]), torch.zeros(2, 2))
     assert together.tolist() == pytest.approx([1 / 6, 5 / 6])
@@ -239,6 +239,6 @@ def test_false_the_weights_of_two_probes_are_not_the_mean_of_each_probe_s_weight
     assert apart.tolist() == pytest.approx([5 / 16, 11 / 16])
 
 
-def test_false_the_sign_of_a_curvature_does_not_matter():
+def test_the_sign_of_a_curvature_does_not_matter():
     differences = torch.tensor([[-3.0, 1.0]])
     assert curvature_weights(differences, no_floor(differences)).tolist() == [3 / 4, 1 / 4]

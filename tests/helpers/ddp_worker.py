@@ -44,7 +44,7 @@ def main(rank: int, address: str, mode: str) -> None:
     torch.manual_seed(100 + rank)  # from here on the workers see different data and masks
     settings = Settings(0.05)
     parameters = list(model.parameters())
-    weights = [PerturbedParameter(parameter) for parameter in parameters]
+    perturbed = [PerturbedParameter(parameter) for parameter in parameters]
     base = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     optimizer = DeltaSAM(parameters, torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
     for update in range(50):
@@ -64,7 +64,7 @@ def main(rank: int, address: str, mode: str) -> None:
                 values = losses(model)
                 return Objective(values.sum(), values)
 
-            perturbation = BatchPerturbation(weights, parameters, settings)
+            perturbation = BatchPerturbation(perturbed, parameters, settings)
             loss, _ = sharpness_aware_loss(
                 first, lambda losses=losses: losses(wrapped).sum(), perturbation, {torch.device("cpu")}
             )

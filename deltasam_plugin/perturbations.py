@@ -1,0 +1,60 @@
+"""The choice that ``--sam-perturbation`` makes: one perturbation for the batch, or one for each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.workers import NO_SYNC, Workers
+from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
+from deltasam_plugin.loss import Perturbation
+from deltasam_plugin.settings import Settings
+
+
+class Perturbations:
+    """Makes the perturbation of each (micro-)batch, and keeps what lasts from batch to batch.
+
+    Args:
+        parameters: what is perturbed, by name.
+        settings: validated settings. A radius of zero needs no perturbation for each sample.
+        leaves: see :class:`~deltasam_plugin.batch.perturbation.BatchPerturbation`.
+        workers: those that share one perturbation; by default this one alone.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, PerturbedParameter],
+        settings: Settings,
+        leaves: Sequence[Tensor] | None = None,
+        workers: Workers = NO_SYNC,
+    ) -> None:
+        self._settings = settings
+        self._parameters = list(parameters.values())
+        self._leaves, self._workers = leaves, workers
+        self._engine: InstanceEngine | None = None
+        if settings.perturbation == "instance" and settings.rho > 0:
+            named = ((name, perturbed.parameter) for name, perturbed in parameters.items())
+            self._engine = InstanceEngine(named, settings.rho)  # type: ignore[arg-type]
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the parameters are."""
+        return {perturbed.parameter.device for perturbed in self._parameters}
+
+    def fit(self, parameters: Sequence[Tensor], settings: Settings) -> bool:
+        """Whether these are the perturbations of `parameters` by `settings`."""
+        return settings == self._settings and [*map(id, parameters)] == [id(p.parameter) for p in self._parameters]
+
+    def of_batch(self, step: int = 0) -> Perturbation:
+        """The perturbation of one (micro-)batch.
+
+        Args:
+            step: the caller's count of steps, if it has one.
+        """
+        if self._engine is not None:
+            return InstancePerturbation(self._engine)
+        return BatchPerturbation(self._parameters, self._leaves, self._settings, step, self._workers)

@@ -1,5 +1,5 @@
-"""The gradient of a sharpness-aware loss with one perturbation for the batch: against an oracle, and under everything that
-can surround or interrupt it."""
+"""The gradient of a sharpness-aware loss with one perturbation for the batch: against an oracle, and under everything
+that can surround or interrupt it."""
 
 import math
 import random

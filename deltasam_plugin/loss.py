@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
+from deltasam_plugin.precision import at_least_float32
 from deltasam_plugin.replay import Conditions
 
 
@@ -50,6 +52,7 @@ class Statistics:
         ascent_gnorm_std: per instance: the standard deviation of ‖gᵢ‖; else 0.
         eps_norm: L2 norm by which the weights really moved; per instance: ρ.
         skipped: 1 if the ascent was skipped, else 0.
+        probes_failed: number of curvature probes that gave a non-finite loss where the loss at w is finite.
     """
 
     sharpness: Tensor
@@ -59,6 +62,7 @@ class Statistics:
     ascent_gnorm_std: Tensor
     eps_norm: Tensor
     skipped: Tensor
+    probes_failed: Tensor
 
     @classmethod
     def zeros(cls, device: torch.device) -> Statistics:
@@ -136,7 +140,7 @@ def sharpness_aware_loss(
         with ascend(grad_output, statistics) as scale, torch.enable_grad(), conditions.replayed():
             loss = second()
             loss.backward(scale.to(loss.dtype))
-        statistics.fill(sharpness=loss - value)
+        statistics.fill(sharpness=at_least_float32(loss) - at_least_float32(value))
 
     anchor = torch.zeros((), device=value.device, requires_grad=True)
     return _SharpnessAware.apply(anchor, value, backward), statistics
@@ -173,5 +177,20 @@ def nodes_of(value: Tensor, known: Container[Any] = ()) -> Iterator[Any]:
 
 
 def leaves_of(value: Tensor) -> list[Tensor]:
-    """The tensors that a backward pass from `value` accumulates gradients in."""
+    """The tensors that a backward pass from `value` accumulates gradients in, as far as the graph shows them."""
     return [node.variable for node in nodes_of(value) if hasattr(node, "variable")]
+
+
+def visible_leaves(*values: Tensor | None) -> tuple[list[Tensor], bool]:
+    """The leaves that the graphs of `values` show, and whether these are all.
+
+    A Function written in Python may run a backward pass of its own (activation checkpointing, reversible layers) and
+    reach more leaves. It is taken for such unless it was given leaves itself.
+    """
+    leaves, complete = [], True
+    for node in (node for value in values if value is not None for node in nodes_of(value)):
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        elif isinstance(node, BackwardCFunction):
+            complete = complete and any(hasattr(before, "variable") for before, _ in node.next_functions)
+    return leaves, complete

@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.checks import Checks
+from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Objective, Statistics, sharpness_aware_loss
 from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.settings import Settings
@@ -66,6 +69,7 @@ class DeltaSAM(Optimizer):
             raise ValueError("Invalid base_optimizer LBFGS: it evaluates the loss itself. Use one that takes one step.")
         self.base_optimizer = base_optimizer(params, **base_options)
         self.statistics: Statistics | None = None
+        self._checks = Checks()
         self._perturbations: Perturbations | None = None
 
     def __repr__(self) -> str:
@@ -138,7 +142,8 @@ class DeltaSAM(Optimizer):
             )
 
         def first() -> Objective:
-            losses = closure()
+            with before_forward(self._refuse_static_graph):
+                losses = closure()
             if not isinstance(losses, Tensor):
                 raise ValueError(
                     f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
@@ -159,6 +164,14 @@ class DeltaSAM(Optimizer):
         group[STEP] = step + 1
         return loss.detach()
 
+    def _refuse_static_graph(self, module: nn.Module) -> None:
+        static = isinstance(module, DistributedDataParallel) and module.static_graph
+        if static and self.settings.perturbation == "instance":
+            raise ValueError(
+                "DistributedDataParallel with static_graph=True: in instance mode it would exchange gradients after "
+                "the first pass, which computes none. Leave static_graph out, or use perturbation='batch'."
+            )
+
     def _current_perturbations(self) -> Perturbations:
         """Those of the parameters that are trained now, by the settings of now."""
         trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -166,5 +179,5 @@ class DeltaSAM(Optimizer):
             raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
             parameters = {f"parameter {index}": PerturbedParameter(p) for index, p in enumerate(trained)}
-            self._perturbations = Perturbations(parameters, self.settings)
+            self._perturbations = Perturbations(parameters, self.settings, checks=self._checks)
         return self._perturbations

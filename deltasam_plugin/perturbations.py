@@ -10,6 +10,7 @@ from torch import Tensor
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
+from deltasam_plugin.checks import Checks
 from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
 from deltasam_plugin.loss import Perturbation
 from deltasam_plugin.settings import Settings
@@ -23,6 +24,7 @@ class Perturbations:
         settings: validated settings. A radius of zero needs no perturbation for each sample.
         leaves: see :class:`~deltasam_plugin.batch.perturbation.BatchPerturbation`.
         workers: those that share one perturbation; by default this one alone.
+        checks: those of the run, if it goes on with other parameters; by default a run begins.
     """
 
     def __init__(
@@ -31,10 +33,12 @@ class Perturbations:
         settings: Settings,
         leaves: Sequence[Tensor] | None = None,
         workers: Workers = NO_SYNC,
+        checks: Checks | None = None,
     ) -> None:
         self._settings = settings
         self._parameters = list(parameters.values())
         self._leaves, self._workers = leaves, workers
+        self._checks = Checks() if checks is None else checks
         self._engine: InstanceEngine | None = None
         if settings.perturbation == "instance" and settings.rho > 0:
             named = ((name, perturbed.parameter) for name, perturbed in parameters.items())
@@ -55,6 +59,7 @@ class Perturbations:
         Args:
             step: the caller's count of steps, if it has one.
         """
+        self._checks.next_batch()
         if self._engine is not None:
-            return InstancePerturbation(self._engine)
-        return BatchPerturbation(self._parameters, self._leaves, self._settings, step, self._workers)
+            return InstancePerturbation(self._engine, self._checks)
+        return BatchPerturbation(self._parameters, self._leaves, self._settings, step, self._workers, self._checks)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from deltasam_plugin.hooks import before_forward
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -35,15 +36,12 @@ def observed_dtypes(parameters: Iterable[Tensor]) -> Iterator[set[torch.dtype]]:
     device_types = {parameter.device.type for parameter in parameters}
     seen = {parameter.dtype for parameter in parameters}
 
-    def look(module: nn.Module | None, inputs: Any) -> None:
+    def look(module: nn.Module | None = None) -> None:
         seen.update(torch.get_autocast_dtype(kind) for kind in device_types if torch.is_autocast_enabled(kind))
 
-    handle = nn.modules.module.register_module_forward_pre_hook(look)
-    try:
-        look(None, ())
+    look()
+    with before_forward(look):
         yield seen
-    finally:
-        handle.remove()
 
 
 def spacing(parameters: Sequence[Tensor], rho: float) -> tuple[float, float, float]:

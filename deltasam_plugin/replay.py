@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from deltasam_plugin.hooks import before_forward
+
 
 @dataclass(frozen=True)
 class RandomState:
@@ -73,18 +75,19 @@ def frozen_statistics() -> Iterator[None]:
     """
     originals: dict[Tensor, Tensor] = {}
 
-    def remember(module: nn.Module, inputs: Any) -> None:
-        if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-            for buffer in module.buffers(recurse=False):
-                originals.setdefault(buffer, buffer.clone())
+    def remember(module: nn.Module) -> None:
+        # DataParallel runs copies of its layers in other threads; those on the first device share their buffers.
+        for layer in module.modules() if isinstance(module, nn.DataParallel) else [module]:
+            if isinstance(layer, _NormBase) and layer.training and layer.track_running_stats:
+                for buffer in layer.buffers(recurse=False):
+                    originals.setdefault(buffer, buffer.clone())
 
-    handle = nn.modules.module.register_module_forward_pre_hook(remember)
     try:
-        yield
+        with before_forward(remember):
+            yield
     finally:
-        handle.remove()
         for buffer, value in originals.items():
-            buffer.copy_(value)
+            buffer.data.copy_(value)  # a graph may be alive: its version check must not see this
 
 
 class UnseededGenerators:

@@ -227,14 +227,14 @@ def test_the_gradient_and_the_statistics_equal_a_reference_that_takes_one_sample
 
 
 @weightings
-def test_the_passes_are_two_probes_each_then_one_ascent_and_one_second(settings, batches):
+def test_the_passes_are_one_ascent_then_two_for_each_probe_and_one_second(settings, batches):
     model, modes = Net(), []
     model.enter.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
     loss, _ = aware(model, batches[0], settings)
     probes = 2 * settings.probes if settings.weighting == "curvature" else 0
-    assert modes == [False] * probes + [True]
+    assert modes == [True] + [False] * probes
     loss.backward()
-    assert modes == [False] * probes + [True, True]
+    assert modes == [True] + [False] * probes + [True]
 
 
 @weightings
@@ -348,6 +348,22 @@ def test_batch_norm_statistics_are_those_of_a_plain_pass(settings, batches):
     assert model.body[0].num_batches_tracked == 1
 
 
+def test_the_ascent_counts_samples_by_shares_of_which_the_mean_is_one(batches):
+    """So data-parallel workers that add up their ascent gradients use one unit, and not each its own largest weight."""
+    model, shares = Net(), []
+
+    def first():
+        losses = sample_losses(model, batches[0])
+        if losses.requires_grad:
+            losses.register_hook(shares.append)
+        return losses.sum(), losses
+
+    loss, statistics = loss_of(first, map(PerturbedParameter, model.parameters()), [*model.parameters()], Settings())
+    loss.backward()
+    assert shares[0].mean().item() == pytest.approx(1, rel=1e-6)
+    assert 1.01 < shares[0].max().item() == pytest.approx(statistics.weight_max.item(), rel=1e-6)
+
+
 # --- precision
 
 
@@ -452,9 +468,9 @@ def generators():
 
 
 FAULTS = {
-    "first probe": {"fatal_pass": 1},
-    "second probe": {"fatal_pass": 2},
-    "ascent forward": {"fatal_pass": 3},
+    "ascent forward": {"fatal_pass": 1},
+    "first probe": {"fatal_pass": 2},
+    "second probe": {"fatal_pass": 3},
     "ascent backward": {"fatal_graph": 1},
     "second forward": {"fatal_pass": 4},
     "second backward": {"fatal_graph": 2},
@@ -466,14 +482,16 @@ def test_an_exception_in_any_pass_leaves_everything_as_it_was(fault, batches):
     model = Net(normalize=True)
     aware(model, batches[0], UNIFORM)[0].backward()  # something has been accumulated
     before, accumulated, around = values(model), gradients(model), surroundings()
-    buffers = copies(model.buffers())
 
     model.passes = model.graphs = 0
     for name, number in FAULTS[fault].items():
         setattr(model, name, number)
-    torch.manual_seed(7)
-    start = generators()
     loss, places = None, []
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        plain_gradient_of(Net(normalize=True), batches[1], seed=7)
+        after_plain = generators()
+    torch.manual_seed(7)
     model.leave.register_forward_pre_hook(lambda *_: places.append(values(model)))
     with pytest.raises(MemoryError):  # noqa: PT012 - which of the two statements raises is the point of the test
         loss, _ = aware(model, batches[1], Settings(0.5))
@@ -482,12 +500,12 @@ def test_an_exception_in_any_pass_leaves_everything_as_it_was(fault, batches):
 
     assert same(values(model), before)
     assert surroundings() == around
-    if fault.endswith("probe"):
-        assert generators() == start
+    if fault != "ascent forward":
+        assert generators() == after_plain
     if loss is not None:
         assert generators() == after_forward
-    if fault != "ascent forward":  # it has collected statistics by then, as a plain pass has
         assert same(copies(model.buffers()), buffers)
+    assert model.body[0].num_batches_tracked == 2  # as after two plain passes
     if fault != "second backward":  # it has accumulated a part by then, as a plain backward pass has
         assert same(gradients(model), accumulated)
     else:

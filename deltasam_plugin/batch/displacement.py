@@ -100,6 +100,21 @@ def restored(
             p.parameter.data.copy_(copy)
 
 
+@contextmanager
+def rewound(parameters: Sequence[PerturbedParameter], rewritten: Sequence[Tensor | None]) -> Iterator[None]:
+    """Within this context the parameters are what they were before a forward pass rewrote some of them.
+
+    Args:
+        parameters: of the model.
+        rewritten: from :func:`originals_of_rewritten`, one per parameter.
+    """
+    pairs = [(p, original) for p, original in zip(parameters, rewritten, strict=True) if original is not None]
+    with restored([p for p, _ in pairs]):
+        for p, original in pairs:
+            p.parameter.data.copy_(original)
+        yield
+
+
 def displace(
     parameters: Sequence[PerturbedParameter], originals: Sequence[Tensor], steps: Iterable[Tensor | None], scale: Tensor
 ) -> None:
@@ -163,6 +178,9 @@ def ascended(
         # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
         steps = (None if g is None else dense(g) / unit.to(g.device) for g in gradients)
         displace(parameters, originals, steps, torch.where(usable, torch.full_like(norm, rho), 0))
+        pairs = [
+            (p.parameter, old) for p, old, g in zip(parameters, originals, gradients, strict=True) if g is not None
+        ]
         gradients.clear()
-        moved = global_norm(dense(p.parameter) - dense(old) for p, old in zip(parameters, originals, strict=True))
+        moved = global_norm(dense(parameter) - dense(old) for parameter, old in pairs)
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

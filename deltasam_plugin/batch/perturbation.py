@@ -1,6 +1,6 @@
 r"""One perturbation for the whole batch: SAM, and δ-SAM's reweighted ascent.
 
-Order within one (micro-)batch: probes, while no graph is alive; ascent forward; then, in backward, weights, ascent
+Order within one (micro-)batch: ascent forward; probes of what its graph reaches; then, in backward, weights, ascent
 gradient, perturbation, second pass, restoration.
 """
 
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, originals_of_rewritten
+from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, originals_of_rewritten, rewound
 from deltasam_plugin.batch.probing import probe_losses
 from deltasam_plugin.batch.weighting import (
     curvature_weights,
@@ -22,8 +22,9 @@ from deltasam_plugin.batch.weighting import (
     uniform_weights,
 )
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
-from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses, leaves_of
-from deltasam_plugin.precision import coarsest, observed_dtypes
+from deltasam_plugin.checks import Checks
+from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses, leaves_of, visible_leaves
+from deltasam_plugin.precision import at_least_float32, coarsest, observed_dtypes
 from deltasam_plugin.replay import Conditions
 from deltasam_plugin.settings import Settings
 
@@ -42,6 +43,7 @@ class BatchPerturbation:
         settings: validated settings.
         step: the caller's count of steps. Makes probes differ from step to step if nothing draws random numbers.
         workers: those that share one perturbation; by default this one alone.
+        checks: of the run; by default none are made.
     """
 
     def __init__(
@@ -51,47 +53,62 @@ class BatchPerturbation:
         settings: Settings,
         step: int = 0,
         workers: Workers = NO_SYNC,
+        checks: Checks | None = None,
     ) -> None:
         self._parameters = parameters
         self._leaves = leaves
         self._settings = settings
         self._step = step
         self._workers = workers
+        self._checks = checks
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
-        """Probe, then run the ascent forward. See :class:`deltasam_plugin.loss.Perturbation`."""
+        """Run the ascent forward, then the probes. See :class:`deltasam_plugin.loss.Perturbation`."""
         rewritten = originals_of_rewritten(self._parameters)
-        losses_around = self._probe(forward, conditions) if self._settings.weighting == "curvature" else None
         with observed_dtypes(p.parameter for p in self._parameters) as dtypes:
             objective = forward()
         check_losses(objective.losses)
+        if self._checks is not None:
+            with rewound(self._parameters, rewritten):
+                self._checks.replay(objective, forward, conditions, dtypes)
         dtype = coarsest(dtypes)
         curvature: tuple[Tensor, Tensor] | None = None
-        if losses_around is not None:
-            around = *losses_around, objective.losses
+        failed = torch.zeros(())
+        if self._settings.weighting == "curvature":
+            around = *self._probe(objective, forward, conditions, rewritten), objective.losses
             curvature = second_difference(*around), rounding_floor(*around, torch.finfo(dtype).eps)
+            failed = (~(around[0] + around[1]).isfinite() & objective.losses.isfinite()).any(dim=1).sum()
+            if self._checks is not None:
+                self._checks.probes(failed)
 
         @contextmanager
         def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
             nonlocal objective
             sample_weights, all_weights = self._sample_weights(objective.losses, curvature, scale)
-            largest = all_weights.amax()
-            gradients = self._ascent_gradients(objective, sample_weights / largest, scale)
+            uniform = 1 / all_weights.numel()
+            gradients = self._ascent_gradients(objective, sample_weights / uniform, scale)
             del objective  # frees what is left of the first graph
             with ascended(self._parameters, gradients, self._settings.rho, rewritten) as ascent:
-                norm = ascent.gradient_norm * largest / scale.abs()
+                norm = ascent.gradient_norm * uniform / scale.abs()
                 statistics.fill(
                     ess=effective_sample_size(all_weights),
-                    weight_max=all_weights.numel() * largest,
+                    weight_max=all_weights.amax() / uniform,
                     ascent_gnorm=torch.where((ascent.skipped > 0) | (scale == 0), 0, norm),
                     eps_norm=ascent.moved,
                     skipped=ascent.skipped,
+                    probes_failed=failed,
                 )
                 yield torch.where(ascent.overflowed, torch.inf, scale) if dtype == torch.float16 else scale
 
         return objective.loss.detach(), ascend
 
-    def _probe(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Tensor]:
+    def _probe(
+        self,
+        objective: Objective,
+        forward: Callable[[], Objective],
+        conditions: Conditions,
+        rewritten: Sequence[Tensor | None],
+    ) -> tuple[Tensor, Tensor]:
         """Losses at both ends of each probe, (K, B) each."""
 
         def losses() -> Tensor:
@@ -100,7 +117,12 @@ class BatchPerturbation:
 
         settings = self._settings
         seed = self._workers.broadcast_seed(conditions.random.seed() + self._step * settings.probes)
-        return probe_losses(losses, self._parameters, settings.probes, settings.probe_scale, seed)
+        leaves, complete = visible_leaves(objective.losses, objective.shared)
+        visible = set(map(id, leaves))
+        reached = self._workers.any_of([not complete or id(p.parameter) in visible for p in self._parameters])
+        return probe_losses(
+            losses, self._parameters, settings.probes, settings.probe_scale, seed, reached=reached, rewritten=rewritten
+        )
 
     def _sample_weights(
         self, losses: Tensor, curvature: tuple[Tensor, Tensor] | None, scale: Tensor
@@ -114,13 +136,13 @@ class BatchPerturbation:
         return all_weights[own], all_weights
 
     def _ascent_gradients(self, objective: Objective, relative: Tensor, scale: Tensor) -> list[Tensor | None]:
-        """The gradient of the reweighted loss, with weights relative to the largest.
+        """The gradient of the reweighted loss, with weights relative to uniform ones.
 
-        Uniform weights are exactly 1 there, and give SAM bit for bit. The gradient carries the loss scale; without it,
-        half precision would underflow.
+        Uniform weights are exactly 1 there, and give SAM bit for bit. If workers add up their gradients, each counts
+        by its number of samples. The gradient carries the loss scale; without it, half precision would underflow.
         """
-        losses = objective.losses
         with torch.enable_grad():
+            losses = at_least_float32(objective.losses)
             ascended_loss = (relative.to(losses.dtype) * losses).sum()
             if objective.shared is not None:
                 ascended_loss = ascended_loss + relative.mean().to(losses.dtype) * objective.shared

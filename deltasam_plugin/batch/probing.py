@@ -38,26 +38,40 @@ def draw_direction(parameters: Sequence[PerturbedParameter], seed: int) -> list[
 
 
 def probe_losses(
-    losses: Callable[[], Tensor], parameters: Sequence[PerturbedParameter], probes: int, scale: float, seed: int
+    losses: Callable[[], Tensor],
+    parameters: Sequence[PerturbedParameter],
+    probes: int,
+    scale: float,
+    seed: int,
+    reached: Sequence[bool] | None = None,
+    rewritten: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor, Tensor]:
     r"""Losses at :math:`w + \sigma u_k` and :math:`w - \sigma u_k`, without gradient: 2K forward passes.
 
     Args:
         losses: a forward pass that replays its random numbers; returns per-sample losses, shape (B,).
-        parameters: all that a probe moves.
+        parameters: of the model.
         probes: K.
-        scale: expected length of the displacement as a fraction of the parameters' L2 norm.
+        scale: expected length of the displacement as a fraction of the L2 norm of the parameters that are
+            reached.
         seed: of the first direction; the further ones follow from it.
+        reached: which parameters the losses depend on. A probe moves these, and is measured by them; by default all.
+        rewritten: see :func:`~deltasam_plugin.batch.displacement.restored`.
 
     Returns:
         Two tensors of shape (K, B). The parameters are what they were, also after an exception.
     """
-    count = sum(p.parameter.numel() for p in parameters)
+    reached = reached or [True] * len(parameters)
+    moved = [p for p, is_reached in zip(parameters, reached, strict=True) if is_reached]
+    count = sum(p.parameter.numel() for p in moved)
     plus, minus = [], []
-    with torch.no_grad(), restored(parameters) as originals:
-        sigma = scale * global_norm(p.value for p in parameters) / math.sqrt(max(count, 1))
+    with torch.no_grad(), restored(parameters, rewritten) as originals:
+        values = (old if p.master is None else p.value for p, old in zip(parameters, originals, strict=True))
+        norm = global_norm(value for value, is_reached in zip(values, reached, strict=True) if is_reached)
+        sigma = scale * norm / math.sqrt(max(count, 1))
         for probe in range(probes):
-            direction = draw_direction(parameters, seed + probe)
+            drawn = iter(draw_direction(moved, seed + probe))
+            direction = [next(drawn) if is_reached else None for is_reached in reached]
             displace(parameters, originals, direction, sigma)
             plus.append(losses().detach())
             displace(parameters, originals, direction, -sigma)

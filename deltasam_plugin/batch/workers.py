@@ -34,6 +34,12 @@ class Workers:
             return seed
         return int(self._from_each(seed)[0])
 
+    def any_of(self, flags: list[bool]) -> list[bool]:
+        """Which of the flags, as many for each worker, are set for any worker."""
+        if self.group is None:
+            return flags
+        return [any(column) for column in zip(*self._from_each(flags), strict=True)]
+
     def total(self, count: int, scale: Tensor) -> int:
         """The number of samples of all workers; those of a worker whose loss is multiplied by zero do not count."""
         if self.group is None:
@@ -76,7 +82,11 @@ class Workers:
         if self.group is None:
             return gradients
         total: list[Tensor | None] = []
-        for gradient, p in zip(gradients, parameters, strict=True):
+        reached = self.any_of([gradient is not None for gradient in gradients])
+        for gradient, p, is_reached in zip(gradients, parameters, reached, strict=True):
+            if not is_reached:
+                total.append(None)
+                continue
             own = torch.zeros_like(dense(p.parameter)) if gradient is None else dense(gradient).clone()
             dist.all_reduce(own, group=self.group)
             total.append(own)

@@ -73,7 +73,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
         def first() -> Objective:
             found, result = objective(inner)
-            results[:] = [result]  # probes run this too; the ascent forward is the last
+            results.append(result)  # probes run this too; the ascent forward is the first
             if not self._checked:
                 check_sum(self._base_name, found)
                 self._checked = True
@@ -115,6 +115,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
         for name in MEANS:
             metrics.log_scalar(f"sam_{name}", totals[f"sam_{name}"] / batches, batches, 620, round=6)
         metrics.log_scalar_sum("sam_skipped", totals["sam_skipped"], 630)
+        metrics.log_scalar_sum("sam_probes_failed", totals["sam_probes_failed"], 630)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from deltasam_plugin.checks import Checks
 from deltasam_plugin.instance.engine import InstanceEngine
 from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses
 from deltasam_plugin.precision import observed_dtypes
@@ -19,10 +20,12 @@ class InstancePerturbation:
 
     Args:
         engine: of the model, kept from batch to batch.
+        checks: of the run; by default none are made.
     """
 
-    def __init__(self, engine: InstanceEngine) -> None:
+    def __init__(self, engine: InstanceEngine, checks: Checks | None = None) -> None:
         self._engine = engine
+        self._checks = checks
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
         """Record the forward pass. See :class:`deltasam_plugin.loss.Perturbation`.
@@ -33,6 +36,8 @@ class InstancePerturbation:
         with observed_dtypes(self._engine.parameters) as dtypes, self._engine.recording() as tape:
             objective = forward()
         check_losses(objective.losses)
+        if self._checks is not None:
+            self._checks.replay(objective, forward, conditions, dtypes)
         if objective.shared is not None:
             raise ValueError(
                 "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample: it has no "

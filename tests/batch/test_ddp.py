@@ -13,8 +13,8 @@ import pytest
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "ddp_worker.py"
 
 
-@pytest.mark.parametrize("mode", ["loss", "step"])
-def test_all_ranks_are_identical_after_fifty_updates(mode: str) -> None:
+def two_workers(mode: str) -> tuple[list[int | None], list[tuple[str, str]]]:
+    """Exit codes and outputs of two processes."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
@@ -22,6 +22,19 @@ def test_all_ranks_are_identical_after_fifty_updates(mode: str) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen([*command, str(rank), address, mode], **pipes) for rank in (0, 1)]
     outputs = [worker.communicate() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][1] + outputs[1][1]
+    return [worker.returncode for worker in workers], outputs
+
+
+@pytest.mark.parametrize("mode", ["loss", "sync", "step", "static", "instance"])
+def test_all_ranks_are_identical_after_fifty_updates(mode: str) -> None:
+    codes, outputs = two_workers(mode)
+    assert codes == [0, 0], outputs[0][1] + outputs[1][1]
     assert outputs[0][0] == outputs[1][0]
     assert math.isfinite(float(outputs[0][0].split()[1]))
+
+
+def test_a_static_graph_is_refused_in_instance_mode() -> None:
+    codes, outputs = two_workers("static-instance")
+    assert codes == [1, 1]
+    for _, errors in outputs:
+        assert "DistributedDataParallel with static_graph=True: in instance mode" in errors

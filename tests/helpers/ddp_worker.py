@@ -1,8 +1,13 @@
 """One of two processes that train under torch's DistributedDataParallel: ``python ddp_worker.py RANK ADDRESS MODE``.
 
-Prints a digest of the weights after 50 updates. MODE is ``loss`` (sharpness_aware_loss: the ascent through the module
-inside, the second pass through the wrapper, accumulation under no_sync) or ``step`` (DeltaSAM with a closure over the
-wrapper, whose own exchange makes the perturbation common).
+Prints a digest of the parameters after 50 updates. MODE is one of
+
+loss      sharpness_aware_loss: the ascent through the module inside, the second pass through the wrapper, accumulation
+          under no_sync
+sync      the same with workers that share one perturbation, of which one leaves a layer out; the digest covers the
+          parameters of every forward pass
+step      DeltaSAM with a closure over the wrapper, whose own exchange makes the perturbation common
+static, instance, static-instance   DeltaSAM where the wrapper has a static graph, in instance mode, and both
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deltasam_plugin import DeltaSAM, Settings
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 
 
@@ -35,26 +41,36 @@ class Net(nn.Module):
         return self.last(self.dropout(torch.tanh(self.optional(hidden)) if use else hidden))
 
 
+def values(parameters: list[nn.Parameter]) -> bytes:
+    return b"".join(parameter.detach().numpy().tobytes() for parameter in parameters)
+
+
 def main(rank: int, address: str, mode: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = Net()
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    static = mode.startswith("static")
+    wrapped = DistributedDataParallel(model, find_unused_parameters=not static, static_graph=static)
     torch.manual_seed(100 + rank)  # from here on the workers see different data and masks
     settings = Settings(0.05)
     parameters = list(model.parameters())
     perturbed = [PerturbedParameter(parameter) for parameter in parameters]
     base = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-    optimizer = DeltaSAM(parameters, torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
+    perturbation = "instance" if mode.endswith("instance") else "batch"
+    optimizer = DeltaSAM(parameters, torch.optim.SGD, 0.05, perturbation=perturbation, lr=0.1, momentum=0.9)
+    workers = Workers(dist.group.WORLD) if mode == "sync" else NO_SYNC
+    seen = hashlib.sha256()
+    if mode == "sync":
+        model.first.register_forward_pre_hook(lambda *_: seen.update(values(parameters)))
     for update in range(50):
-        x, use = torch.randn(8, 6), update % 3 != 0
+        x, use = torch.randn(8, 6), static or (update + (rank if mode == "sync" else 0)) % 3 != 0
         y = (x[:, :3].sum(dim=1) > 0).long()
 
         def losses(network: nn.Module, x: torch.Tensor = x, y: torch.Tensor = y, use: bool = use) -> torch.Tensor:
             return F.cross_entropy(network(x, use), y, reduction="none")
 
-        if mode == "step":
+        if mode not in ("loss", "sync"):
             optimizer.step(lambda losses=losses: losses(wrapped))
             continue
         base.zero_grad()
@@ -64,9 +80,9 @@ def main(rank: int, address: str, mode: str) -> None:
                 values = losses(model)
                 return Objective(values.sum(), values)
 
-            perturbation = BatchPerturbation(perturbed, parameters, settings)
+            of_batch = BatchPerturbation(perturbed, parameters, settings, workers=workers)
             loss, _ = sharpness_aware_loss(
-                first, lambda losses=losses: losses(wrapped).sum(), perturbation, {torch.device("cpu")}
+                first, lambda losses=losses: losses(wrapped).sum(), of_batch, {torch.device("cpu")}
             )
             if synchronise:
                 loss.backward()
@@ -74,8 +90,8 @@ def main(rank: int, address: str, mode: str) -> None:
                 with wrapped.no_sync():
                     loss.backward()
         base.step()
-    digest = hashlib.sha256(b"".join(parameter.detach().numpy().tobytes() for parameter in parameters)).hexdigest()
-    print(digest, float(sum(parameter.detach().abs().sum() for parameter in parameters)))
+    seen.update(values(parameters))
+    print(seen.hexdigest(), float(sum(parameter.detach().abs().sum() for parameter in parameters)))
     dist.destroy_process_group()
 
 

@@ -223,6 +223,31 @@ def test_a_replay_leaves_the_statistics_of_instance_norm_alone_too():
     assert statistics(model) == before
 
 
+def test_statistics_that_another_thread_collects_are_its_own():
+    model, conditions = nn.BatchNorm1d(3), Conditions.capture(CPU)
+    with conditions.replayed():
+        thread = threading.Thread(target=model, args=[torch.randn(8, 3)])
+        thread.start()
+        thread.join()
+    assert model.num_batches_tracked == 1
+
+
+def test_a_replay_leaves_the_statistics_of_data_parallel_layers_alone():
+    """Their copies run in other threads, and share the buffers of the layers on the first device."""
+
+    class InThreads(nn.DataParallel):
+        def forward(self, x):
+            thread = threading.Thread(target=self.module, args=[x])
+            thread.start()
+            thread.join()
+
+    model, conditions = nn.Sequential(nn.BatchNorm1d(3)), Conditions.capture(CPU)
+    with conditions.replayed():
+        InThreads(model)(torch.randn(8, 3))
+    assert model[0].num_batches_tracked == 0
+    assert model[0].running_mean.tolist() == [0, 0, 0]
+
+
 def test_outside_a_replay_statistics_are_collected_again():
     model = nn.BatchNorm1d(3)
     with frozen_statistics():

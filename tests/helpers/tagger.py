@@ -16,8 +16,6 @@ SIZES = [(3, 4), (2, 5), (4, 4), (1, 3), (3, 2), (5, 1)]  # B, T of the batches;
 NAMES = re.compile(
     r"parameter \d|(linear|embedding|layer_norm|conv\dd|add)\(|activation checkpointing|loss of a sample"
 )
-    r"parameter \d|(linear|embedding|layer_norm|conv\dd|add)\(|activation checkpointing|loss of a sample"
-)
 Step = Callable[[int, Tensor, Tensor], Tensor]  # number of the batch, tokens (B, T), lengths (B,) to losses (B,)
 
 

@@ -10,12 +10,16 @@
 # make clean     removes what the targets above made, .venv included
 #
 # PYTHON chooses the interpreter: make install PYTHON=python3.12
+# PROCESSES is how many processes run the tests, one for each core unless given: make test PROCESSES=1
 
 PYTHON ?= python3
+PROCESSES ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off
+# A test takes between a millisecond and minutes: a process that is done takes over tests that wait for another.
+PYTEST := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal tests
 
 .PHONY: install example example-translation test test-all test-compat compat-3.10 compat-3.12 lint clean
 .DELETE_ON_ERROR:
@@ -37,10 +41,10 @@ example-translation: $(INSTALLED)
 test test-all compat-3.10 compat-3.12: export MKL_CBWR := COMPATIBLE
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python $(PYTEST)
 
 test-compat:
 	for version in 3.10 3.12; do \
@@ -51,7 +55,7 @@ test-compat:
 compat-3.10: .venv-3.10/.installed
 compat-3.12: .venv-3.12/.installed
 compat-3.10 compat-3.12: compat-%:
-	.venv-$*/bin/python -m pytest -q tests -m "not slow"
+	.venv-$*/bin/python $(PYTEST) -m "not slow"
 
 # fairseq 0.12.2 needs a hydra and an omegaconf whose metadata newer versions of pip refuse
 .venv-3.10/.installed: CONSTRAINTS := constraints-oldest.txt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,9 @@ import pytest
 WORKER = Path(__file__).resolve().parents[1] / "helpers" / "ddp_worker.py"
 
 
-def two_workers(mode: str) -> tuple[list[int | None], list[tuple[str, str]]]:
-    """Exit codes and outputs of two processes."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+def two_workers(mode: str, folder: Path) -> tuple[list[int | None], list[tuple[str, str]]]:
+    """Exit codes and outputs of two processes that meet in this folder."""
+    address = f"file://{folder}/workers"
     command = [sys.executable, "-W", "ignore", str(WORKER)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     workers = [subprocess.Popen([*command, str(rank), address, mode], **pipes) for rank in (0, 1)]
@@ -26,15 +23,15 @@ def two_workers(mode: str) -> tuple[list[int | None], list[tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("mode", ["loss", "sync", "step", "static", "instance"])
-def test_all_ranks_are_identical_after_fifty_updates(mode: str) -> None:
-    codes, outputs = two_workers(mode)
+def test_all_ranks_are_identical_after_fifty_updates(tmp_path: Path, mode: str) -> None:
+    codes, outputs = two_workers(mode, tmp_path)
     assert codes == [0, 0], outputs[0][1] + outputs[1][1]
     assert outputs[0][0] == outputs[1][0]
     assert math.isfinite(float(outputs[0][0].split()[1]))
 
 
-def test_a_static_graph_is_refused_in_instance_mode() -> None:
-    codes, outputs = two_workers("static-instance")
+def test_a_static_graph_is_refused_in_instance_mode(tmp_path: Path) -> None:
+    codes, outputs = two_workers("static-instance", tmp_path)
     assert codes == [1, 1]
     for _, errors in outputs:
         assert "DistributedDataParallel with static_graph=True: in instance mode" in errors

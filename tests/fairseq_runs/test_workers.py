@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -54,16 +53,13 @@ class Runs:
         """The last checkpoint; and beside it what each worker's criterion saw, in ``notes``: w, w + ε, w, w + ε, …"""
         folder = self.root / name
         folder.mkdir()
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
         command: list[object] = [Path(sys.executable).parent / "fairseq-train", self.data, *TRANSLATION, "--dropout", 0]
         command += ["--cpu", "--seed", 3, "--num-workers", 0, "--user-dir", self.root / "spying", "--save-dir", folder]
         command += ["--required-batch-size-multiple", 1, "--tensorboard-logdir", folder / "logs", "--log-interval", 1]
         command += ["--disable-validation", *delta(SPY), *options]
         if workers > 1:
             command += ["--ddp-backend", "legacy_ddp", "--distributed-world-size", workers, "--distributed-no-spawn"]
-            command += ["--distributed-backend", "gloo", "--distributed-init-method", address]
+            command += ["--distributed-backend", "gloo", "--distributed-init-method", f"file://{folder}/workers"]
         processes = []
         for rank in range(workers):
             ranked = [*command, "--distributed-rank", rank] if workers > 1 else command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,18 +44,27 @@ def test_batches_of_one_are_sam(tmp_path_factory, tmp_path: Path, model: list[ob
     assert_batches_of_one_are_sam(lambda name, *own: fairseq_train(data, tmp_path / name, *options, *own))
 
 
-def test_batch_is_the_sum_of_its_samples(translation_data: Path, tmp_path: Path) -> None:
-    """16 samples at once, or one after another with gradient accumulation: the same run without dropout."""
-    options = [*TRANSLATION, "--dropout", 0, "--label-smoothing", 0.1, *delta(), *SGD, *INSTANCE]
-    options += ["--required-batch-size-multiple", 1]
-    together = fairseq_train(translation_data, tmp_path / "together", *options, "--batch-size", 160, updates=2)
-    apart = fairseq_train(
-        translation_data, tmp_path / "apart", *options, "--batch-size", 1, "--update-freq", 160, updates=2
-    )
-    sam = fairseq_train(
-        translation_data, tmp_path / "sam", *options, "--batch-size", 160, "--sam-perturbation", "batch", updates=2
-    )
-    assert 100 * distance(together, apart) < distance(together, sam)
+SPLITS: dict[str, list[object]] = {
+    "6 sentences at a time": ["--batch-size", 6, "--update-freq", 4],
+    "one sentence at a time": ["--batch-size", 1, "--update-freq", 24],
+    "at most 50 tokens at a time": ["--max-tokens", 50, "--update-freq", 24],
+}
+
+
+def test_the_update_does_not_depend_on_the_split(translation_data: Path, tmp_path: Path) -> None:
+    """24 sentences at once or in micro-batches: without dropout the same update, which SAM's is not."""
+    options = [*TRANSLATION, "--dropout", 0, "--label-smoothing", 0.1, *delta(), *SGD, "--sam-weighting", "uniform"]
+    options += ["--train-subset", "valid", "--batch-size", 24, "--required-batch-size-multiple", 1]
+
+    def update(name: str, *own: object) -> dict[str, Any]:
+        return fairseq_train(translation_data, tmp_path / name, *options, *own, updates=1)
+
+    whole, sam = update("whole", *INSTANCE), update("sam")
+    unlike = update("unlike", *INSTANCE, "--sam-rho", 0.049)
+    for name, sizes in SPLITS.items():
+        instance = distance(whole, update(f"instance, {name}", *INSTANCE, *sizes))
+        assert 300 * instance < distance(whole, unlike), name
+        assert 300 * instance < distance(sam, update(f"sam, {name}", *sizes)), name
 
 
 def test_half_precision_is_close_to_single_precision(translation_data: Path, tmp_path: Path) -> None:

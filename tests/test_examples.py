@@ -1,15 +1,45 @@
-"""What the examples do before they train."""
+"""What the examples do with their data, and the options of their runs."""
 
 from __future__ import annotations
 
 import itertools
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from examples.sentiment import recipe as sentiment
 from examples.translation import evaluate, prepare
+from examples.translation import recipe as translation
 from examples.translation.corpus import Page, Pair, line_pairs, sentences
 from examples.translation.prepare import clean, split
+from tests.helpers.corpora import corpus
+from tests.helpers.runs import fairseq_train
+
+RUNS = [(recipe, run) for recipe in (sentiment, translation) for run in recipe.OPTIMIZERS]
+
+
+@pytest.mark.parametrize(("recipe", "run"), RUNS)
+def test_every_run_trains(tmp_path_factory, tmp_path: Path, sentence_data: dict[str, Path], recipe, run: str) -> None:
+    """One update by fairseq-train on a toy corpus, with the options of the example."""
+    _, *options = recipe.EXPERIMENT.commands[run]
+    data, own = sentence_data["class"], ["--max-update", 1, "--no-save-optimizer-state"]
+    if recipe is translation:
+        data = corpus("aligned", tmp_path_factory.getbasetemp())
+        own += ["--source-lang", "src", "--target-lang", "tgt"]
+    config = fairseq_train(data, tmp_path, *options, *own)["cfg"]
+    assert (config["optimizer"]["_name"] == "delta_sam") == (run != "adam")
+    if run == "instance":
+        assert (config["optimizer"]["sam_perturbation"], config["optimizer"]["sam_rho"]) == ("instance", 0.01)
+
+
+@pytest.mark.parametrize("recipe", [sentiment, translation])
+def test_the_readme_shows_the_commands_that_run(recipe) -> None:
+    (block,) = re.findall(r"```bash\n(fairseq-train .*?)```", (recipe.HERE / "README.md").read_text(), re.DOTALL)
+    commands = shlex.split(block.replace("\\\n", " "), comments=True)
+    shown = " ".join(commands).split("fairseq-train work/data-bin ")[1:]
+    assert [command.split(" … ")[1].strip() for command in shown] == list(recipe.OPTIMIZERS.values())
 
 
 def test_without_apt_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What an example compares: a few fairseq-train commands."""
+"""The fairseq-train commands that an example compares."""
 
 import fcntl
 import sys
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# One thread: these matrices are too small for two, and so two runs can train side by side.
+# One thread for each run: the matrices are too small for two threads, and the runs train side by side.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -16,16 +16,16 @@ class Experiment:
     """A few runs of fairseq-train.
 
     Attributes:
-        work: the folder that holds all that is made.
-        commands: the options of fairseq-train by the name of the run, without the folders it writes to. The others are
-            compared with the first.
+        work: the folder for everything that the example makes.
+        commands: for each run, by its name, the options of fairseq-train, except for the folders it writes to. The
+            first run is the one that the others are compared with.
     """
 
     work: Path
     commands: dict[str, list[str]]
 
     def folder(self, run: str) -> Path:
-        """Where a run's checkpoints, events and output are."""
+        """Return the folder of a run's checkpoints, events and output."""
         return self.work / "runs" / run
 
     @contextmanager
@@ -33,10 +33,10 @@ class Experiment:
         """Keep other processes out of the work folder.
 
         Yields:
-            The descriptor of the lock; it is held as long as any process has it open.
+            The lock's file descriptor. The lock is held as long as any process keeps it open.
 
         Raises:
-            SystemExit: another process is in.
+            SystemExit: another process holds the lock.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         with (self.work / "lock").open("w") as lock:
@@ -53,13 +53,13 @@ def program(name: str) -> str:
 
 
 def shown(path: str | Path) -> str:
-    """Return a path as one types it in the current directory."""
+    """Return a path as it is typed in the current directory."""
     path = Path(path)
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Return rows as a Markdown table, the first row being its head."""
+    """Return rows as a Markdown table. The first row is its head."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")

@@ -1,8 +1,7 @@
 """Seconds per update of the runs of an experiment, measured side by side.
 
-A machine's speed drifts, so the runs take turns: a block of updates each, on the same batches, again and again. What
-counts is the ratio to the first run within one round. Each run has a process of its own, which sleeps while the others
-work.
+A machine's speed drifts, so the runs take turns: in every round each does a block of updates, on the same batches. What
+counts is the ratio to the first run within a round. Each run has its own process, which sleeps while the others work.
 """
 
 import json
@@ -25,7 +24,7 @@ Seconds = dict[str, list[float]]  # per update, one value a round, for each run
 
 
 def measure(experiment: Experiment) -> Seconds:
-    """Return seconds per update; a measurement of the same commands is reused."""
+    """Return seconds per update. Reuses an earlier measurement of the same commands."""
     commands = {run: " ".join(options) for run, options in experiment.commands.items()}
     result = experiment.work / "timing.json"
     if result.exists():
@@ -62,8 +61,8 @@ def alternate(experiment: Experiment) -> Seconds:
 
 
 def work(options: list[str], connection: Connection) -> None:
-    """Do as many updates as are asked for, and send back the seconds they took."""
-    logging.disable(logging.WARNING)  # the runs themselves have said all of it
+    """Receive numbers of updates; do so many and send back the seconds they took."""
+    logging.disable(logging.WARNING)  # the training runs have logged all of it
     warnings.simplefilter("ignore")
     train_step = updates(options)
     while True:
@@ -78,7 +77,7 @@ def work(options: list[str], connection: Connection) -> None:
 
 
 def updates(options: list[str]) -> Iterator[None]:
-    """Yield once per update of fairseq's own trainer, set up as fairseq-train does it."""
+    """Yield after every update of fairseq's own trainer, which is set up as in fairseq-train."""
     sys.argv = ["fairseq-train", *options]
     from fairseq import options as fairseq_options
     from fairseq import tasks, utils
@@ -104,7 +103,7 @@ def updates(options: list[str]) -> Iterator[None]:
 
 
 def ratios(seconds: Seconds, run: str) -> str:
-    """Return median, least and greatest ratio to the first run within one round, as text."""
+    """Return as text the median, least and greatest ratio to the first run within a round."""
     first = next(iter(seconds.values()))
     values = [mine / base for mine, base in zip(seconds[run], first)]
     return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

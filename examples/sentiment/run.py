@@ -1,4 +1,4 @@
-"""The whole example: prepare the data, train the three runs, measure them, print the table."""
+"""The whole example: prepare the data, train the runs, measure them, print the table."""
 
 import signal
 import sys

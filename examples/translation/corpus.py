@@ -1,8 +1,8 @@
-"""Parallel text out of three Debian packages: pairs of a German and an English segment, each with its page.
+"""Parallel text from three Debian packages: pairs of a German and an English segment, each with its page.
 
-libreoffice-help-de and libreoffice-help-en-us hold the same pages in both languages, and corresponding elements of a
-page carry the same id. trans-de-en is a dictionary with example sentences: one entry a line, its German and its
-English parts in the same order. What belongs to one split together is a page: an HTML page, or a dictionary entry.
+libreoffice-help-de and libreoffice-help-en-us hold the same pages in both languages. Corresponding elements of a page
+have the same id. trans-de-en is a dictionary with example sentences. It has one entry per line, and the German and the
+English parts of an entry are in the same order. A page, which is never split, is an HTML page or a dictionary entry.
 """
 
 import re
@@ -23,7 +23,7 @@ FULL_SENTENCE = re.compile(r"[\"„'‚]?[A-ZÄÖÜ][^/(){}<>…]*[.!?][\"“'�
 
 
 class Pair(NamedTuple):
-    """Two segments that translate each other; `page` names where they are from."""
+    """Two segments that translate each other. `page` says where they come from."""
 
     page: str
     source: str
@@ -31,14 +31,14 @@ class Pair(NamedTuple):
 
 
 class Page(HTMLParser):
-    """The text of every element of an HTML page that has an id for translators, `elements[id]`."""
+    """An HTML page. `elements[id]` is the text of the elements with this id; translators use ids."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: dict[str, list[str]] = {}
         self._id = ""
         self._text: list[str] = []
-        self._hidden = 0  # how many tags are open in a part that is hidden
+        self._hidden = 0  # number of open tags inside a hidden part
         self.feed(html)
         self._end_block()
 
@@ -70,7 +70,7 @@ class Page(HTMLParser):
 
 
 def help_pairs(root: Path) -> Iterator[Pair]:
-    """Yield the segments of the help pages, paragraphs cut into sentences where both have the same number.
+    """Yield the segments of the help pages. Paragraphs are cut into sentences if both sides have the same number.
 
     Args:
         root: where the packages were unpacked.
@@ -89,13 +89,13 @@ def help_pairs(root: Path) -> Iterator[Pair]:
 
 
 def sentences(source: str, target: str) -> tuple[list[str], list[str]]:
-    """Return both segments cut into sentences, or whole where the numbers differ."""
+    """Return both segments cut into sentences, or whole if the numbers of sentences differ."""
     cut = NEXT_SENTENCE.split(source), NEXT_SENTENCE.split(target)
     return cut if len(cut[0]) == len(cut[1]) else ([source], [target])
 
 
 def dictionary_pairs(root: Path) -> Iterator[Pair]:
-    """Yield the example sentences of the dictionary; of several translations the first.
+    """Yield the example sentences of the dictionary, each with its first translation.
 
     Args:
         root: where the packages were unpacked.
@@ -111,7 +111,7 @@ def dictionary_pairs(root: Path) -> Iterator[Pair]:
 
 
 def line_pairs(source: Path, target: Path) -> Iterator[Pair]:
-    """Yield the lines of two parallel files; each hundred lines count as a page.
+    """Yield the lines of two parallel files. Every hundred lines are a page.
 
     Raises:
         ValueError: the files have different numbers of lines.

@@ -1,4 +1,4 @@
-"""Debian packages, fetched with apt-get and unpacked with dpkg-deb. Nothing is installed, no privilege is needed."""
+"""Debian packages, fetched with apt-get and unpacked with dpkg-deb. This installs nothing and needs no privilege."""
 
 import shutil
 import subprocess
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def fetch(packages: list[str], folder: Path) -> list[Path]:
-    """Return the packages' .deb files in `folder`; those that are not there are downloaded into it.
+    """Return the packages' .deb files in `folder`, and download into it those that are missing.
 
     Raises:
-        RuntimeError: a tool is missing, or a package cannot be had; the message says what was tried.
+        RuntimeError: a tool is missing, or a package cannot be downloaded. The message says what was tried.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {package: sorted(folder.glob(f"{package}_*.deb")) for package in packages}
@@ -28,9 +28,9 @@ def fetch(packages: list[str], folder: Path) -> list[Path]:
 
 
 def download(packages: list[str], folder: Path) -> None:
-    """Run apt-get download; where apt's package lists do not lead to the packages, once more with fresh ones.
+    """Run apt-get download. If apt's package lists do not know the packages, run it again with new lists.
 
-    The fresh lists go to `folder`: the system's own remain as they are.
+    The new lists go to `folder`. The system's own lists stay as they are.
     """
     print(f"prepare: apt-get download {' '.join(packages)}", flush=True)
     if apt_get(["download", *packages], folder) == 0:
@@ -40,12 +40,12 @@ def download(packages: list[str], folder: Path) -> None:
     own = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={folder}"]
     print("prepare: apt-get update, into a folder of its own", flush=True)
     if apt_get([*own, "update"], folder) != 0 or apt_get([*own, "download", *packages], folder) != 0:
-        raise RuntimeError(f"apt-get could not download {', '.join(packages)}, not even with fresh package lists.")
+        raise RuntimeError(f"apt-get could not download {', '.join(packages)}, not even with new package lists.")
 
 
 def apt_get(arguments: list[str], folder: Path) -> int:
     """Run apt-get in `folder` and return its exit code."""
-    # To root, apt complains that its unprivileged user may not write here; that user is not needed.
+    # Run by root, apt would complain that its unprivileged user may not write here. That user is not needed.
     return subprocess.run(
         ["apt-get", "-q", "-o", "APT::Sandbox::User=root", *arguments], cwd=folder, stdout=sys.stderr
     ).returncode

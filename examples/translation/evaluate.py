@@ -1,4 +1,4 @@
-"""Measure trained models, all by the same commands: loss on the validation part, BLEU on the test part."""
+"""Measure all trained models by the same commands: loss on the validation part, BLEU on the test part."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from .recipe import DATA, EXPERIMENT, PLUGIN
 BEAM = 5
 RESAMPLES = 1000  # of the test part, for the interval
 
-# By default fairseq makes batches of multiples of 8 sentences, and leaves out what remains at the end.
+# By default fairseq makes batches of a multiple of 8 sentences and leaves out the rest.
 SHARED = "--cpu --num-workers 0 --batch-size 64 --required-batch-size-multiple 1"
 COMMANDS = {
     "fairseq-validate": f"{SHARED} --task translation --valid-subset valid --log-format json",
@@ -25,7 +25,7 @@ COMMANDS = {
 
 @dataclass
 class Result:
-    """What the table shows of a run.
+    """The measures of a run.
 
     Attributes:
         valid_loss: cross-entropy per target token in base 2, without smoothing and dropout.
@@ -41,7 +41,7 @@ class Result:
 
 
 def evaluate_all() -> dict[str, Result]:
-    """Return the measures of the last checkpoint of every run; as many runs side by side as there are cores."""
+    """Return the measures of the last checkpoint of every run. Uses all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = dict(zip(EXPERIMENT.commands, pool.map(evaluate, EXPERIMENT.commands)))
     return {run: Result(valid_loss(validation), *bleu(hypotheses(test))) for run, (validation, test) in logs.items()}
@@ -52,10 +52,10 @@ def evaluate(run: str) -> list[str]:
 
 
 def output(run: str, name: str) -> str:
-    """Return what a command of COMMANDS says to the run's last checkpoint; what is known is not computed again.
+    """Return the output of a command of COMMANDS for the run's last checkpoint. Reuses an earlier output.
 
     Raises:
-        SystemExit: it has failed.
+        SystemExit: the command has failed.
     """
     command = COMMANDS[name]
     checkpoint = EXPERIMENT.folder(run) / "checkpoint_last.pt"
@@ -88,7 +88,7 @@ def valid_loss(log: str) -> float:
 
 
 def hypotheses(log: str) -> list[str]:
-    """Return the detokenized translations, in the data's order, out of fairseq-generate's lines `D-<number>`."""
+    """Return the detokenized translations in the data's order, from fairseq-generate's lines `D-<number>`."""
     fields = [line.split("\t") for line in log.split("\n") if line.startswith("D-")]
     return [text for _, text in sorted((int(name[2:]), text) for name, _, text in fields)]
 
@@ -97,7 +97,7 @@ def bleu(translation: list[str]) -> tuple[float, float, str]:
     """Return BLEU against the plain text of the test part, half the width of its 95 % interval, and the signature."""
     metric = sacrebleu.BLEU()
     references = (DATA / "test.target").read_text(encoding="utf-8").split("\n")[:-1]
-    if len(translation) != len(references):  # sacrebleu would compare what does not belong together
+    if len(translation) != len(references):  # sacrebleu would compare them with the wrong references
         sys.exit(f"fairseq-generate translated {len(translation)} of {len(references)} segments of the test part.")
     score = metric.corpus_score(translation, [references], n_bootstrap=RESAMPLES)
     return score.score, score._ci, str(metric.get_signature())

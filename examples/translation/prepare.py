@@ -1,6 +1,6 @@
 """Parallel text to fairseq's binary data: work/data-bin, with the test part as plain text beside it.
 
-Every result is written under a temporary name and renamed when complete.
+Results are written under a temporary name and renamed when they are complete.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ LEAST = 10_000  # pairs for training
 
 
 def main(files: tuple[Path, Path] | None = None) -> None:
-    """Make work/data-bin, unless it is there and of the same origin.
+    """Make work/data-bin, unless it is there and was made from the same files.
 
     Args:
-        files: parallel files, source and target, to be used instead of Debian's packages.
+        files: parallel files, source and target, to use instead of Debian's packages.
     """
     debs = [] if files else packages()
     origin = "".join(f"{hashlib.sha256(file.read_bytes()).hexdigest()} {file.name}\n" for file in files or debs)
@@ -50,7 +50,7 @@ def main(files: tuple[Path, Path] | None = None) -> None:
         for part, members in splits.items():
             print(f"prepare: {part} {len(members)} pairs from {len({pair.page for pair in members})} pages", flush=True)
         if len(splits["train"]) < LEAST or not all(splits.values()):
-            sys.exit(f"prepare: too little text is left; it takes {LEAST} pairs for training and some for the others.")
+            sys.exit(f"prepare: too little text is left. Training takes {LEAST} pairs or more; no part may be empty.")
         encode(splits, folder)
         binarize(folder)
         (folder / "data-bin" / ORIGIN.name).write_text(origin)
@@ -81,12 +81,12 @@ def pairs_of(debs: list[Path], folder: Path) -> list[Pair]:
 
 
 def clean(pairs: Iterable[Pair]) -> list[Pair]:
-    """Return the pairs that look like a translation of text, each once."""
+    """Return the pairs that look like translated text, each once."""
     return list({(pair.source, pair.target): pair for pair in pairs if is_text(pair)}.values())
 
 
 def is_text(pair: Pair) -> bool:
-    """Return whether both sides are of fair and similar length, differ, and consist of words rather than of code."""
+    """Return whether both sides have a fair and similar length, differ, and consist of words rather than code."""
     lengths = [len(text.split()) for text in (pair.source, pair.target)]
     return (
         min(lengths) >= SHORTEST
@@ -103,8 +103,8 @@ def share_of_letters(text: str) -> float:
 def split(pairs: list[Pair]) -> dict[str, list[Pair]]:
     """Return train, valid and test (93 : 3 : 4), chosen by a hash of the page.
 
-    What the training part has of a pair, on either side, up to case, digits and punctuation, is left out of the other
-    two; so is what the validation part has out of the test part.
+    A pair is left out of the validation part if the training part has one of its sides, and out of the test part if one
+    of the other two parts has it. Case, digits and punctuation do not count.
     """
     parts: dict[str, list[Pair]] = {name: [] for name in SPLITS}
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""What the three runs are: paths, and the fairseq-train command line they share."""
+"""The runs of the example: their paths, the options they share and the options in which they differ."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The whole example: prepare the data, train the three runs, measure them, print the table."""
+"""The whole example: prepare the data, train the runs, measure them, print the table."""
 
 import argparse
 import signal
@@ -47,7 +47,7 @@ def own_files() -> tuple[Path, Path] | None:
     parser.add_argument("--target", type=Path, metavar="FILE", help="its translation, line by line")
     given = parser.parse_args()
     if (given.source is None) != (given.target is None):
-        parser.error("--source and --target belong together: two files, line n of one translates line n of the other")
+        parser.error("--source needs --target and the reverse: line n of one file translates line n of the other")
     for file in (given.source, given.target):
         if file is not None and not file.is_file():
             parser.error(f"{file} is no file")

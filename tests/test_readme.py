@@ -1,17 +1,199 @@
-"""What the README lists is what there is."""
+"""Every block of the README runs as it is written; every list, number and name in it is what there is."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from fairseq import options
+from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY
+from fairseq_cli import generate
+from omegaconf import OmegaConf
 
 from deltasam_plugin.fairseq.criterion import DeltaSAMCriterionConfig
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES
 from deltasam_plugin.fairseq.optimizer import DeltaSAMOptimizerConfig
 from deltasam_plugin.loss import Statistics
+from examples.sentiment.recipe import OPTIMIZERS
+from examples.sentiment.run import TITLES
+from tests.helpers.runs import fairseq_train, run
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("*/*/README.md"))]
+
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {  # by name: the language of the block, and what it alone contains
+    "install": ("bash", "pip install"),
+    "targets": ("bash", "make example"),
+    "two words": ("diff", "fairseq-train"),
+    "generate": ("bash", "fairseq-generate"),
+    "hydra": ("bash", "fairseq-hydra-train"),
+    "example": ("python", "DeltaSAM("),
+    "its output": ("text", "step 60"),
+    "criterion": ("python", "per_sample_losses"),
+    "citation": ("bibtex", "zhou-etal-2022-sharpness"),
+}
+
+TOY: list[object] = ["--arch", "transformer_tiny", "--encoder-normalize-before", "--decoder-normalize-before"]
+
+MY_CRITERION = """
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion, LabelSmoothedCrossEntropyCriterionConfig)
+
+@register_criterion("my_criterion", dataclass=LabelSmoothedCrossEntropyCriterionConfig)
+class MyCriterion(LabelSmoothedCrossEntropyCriterion):
+    pass
+"""
+
+
+def block(name: str) -> str:
+    """The text of a block, without its fences."""
+    language, marker = BLOCKS[name]
+    (found,) = (text for kind, text in FENCED.findall(README) if kind == language and marker in text)
+    return found
+
+
+def words(command: str) -> list[str]:
+    """A command as the shell splits it."""
+    return shlex.split(command.replace("\\\n", " "))
+
+
+def shell(command: str, folder: Path) -> str:
+    """What a command prints, run in a folder by bash with this environment's programs and this repository's plugin."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "HYDRA_FULL_ERROR": "1"}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def rows(text: str, head: str) -> list[dict[str, str]]:
+    """The rows of the table whose first column is called `head`, each by the names of the columns."""
+    (table,) = re.findall(rf"^\| {head} +\|.*\n(?:\|.*\n)+", text, re.MULTILINE)
+    names, _, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    return [dict(zip(names, row, strict=True)) for row in cells]
+
+
+def test_every_block_is_one_of_those_that_are_tested() -> None:
+    for name in BLOCKS:
+        assert block(name)
+    assert len(FENCED.findall(README)) == len(BLOCKS)
+    assert not re.search(r"^    ", FENCED.sub("", README), re.MULTILINE), "an indented block, which nothing tests"
+
+
+def test_the_two_words(translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Both sides of the diff; a checkpoint of either is continued by the other; then the last one generates."""
+    monkeypatch.chdir(ROOT)  # --user-dir deltasam_plugin
+    sides = {}
+    for sign in "-+":
+        lines = [line[1:] for line in block("two words").splitlines(keepends=True) if line[0] in (" ", sign)]
+        program, data, more, *sides[sign] = words("".join(lines))
+        assert (program, data, more) == ("fairseq-train", "DATA", "…")
+    for updates, sign in ((2, "-"), (4, "+"), (6, "-")):
+        saved = fairseq_train(translation_data, tmp_path, *TOY, *sides[sign], updates=updates)
+        config = saved["cfg"]
+        assert saved["optimizer_history"][-1]["num_updates"] == updates
+        assert tuple(saved["last_optimizer_state"]["param_groups"][0]["betas"]) == (0.9, 0.98)
+        assert config["criterion"]["label_smoothing"] == 0.1
+        names = [config["optimizer"]["_name"], config["criterion"]["_name"]]
+        assert names == (["delta_sam"] * 2 if sign == "+" else ["adam", "label_smoothed_cross_entropy"])
+        logged = {name for _, name, *_ in saved["extra_state"]["metrics"]["train"]}
+        assert "sam_sharpness" in logged or sign == "-"
+
+    program, data, *given = words(block("generate"))
+    assert (program, data) == ("fairseq-generate", "DATA")
+    given[given.index("--path") + 1] = str(tmp_path / "checkpoint_best.pt")
+    capsys.readouterr()
+    run(generate.cli_main, translation_data, *given, "--cpu", "--batch-size", 8, "--beam", 2)
+    assert capsys.readouterr().out.count("\nH-") == 24
+
+    variants = re.findall(r"`(--sam-\w+ [a-z]+)` for", README)
+    assert variants == ["--sam-weighting uniform", "--sam-perturbation instance"]
+    for index, variant in enumerate(variants):
+        fairseq_train(translation_data, tmp_path / f"{index}", *TOY, *sides["+"], *words(variant), updates=1)
+
+
+def test_hydra(translation_data: Path, tmp_path: Path) -> None:
+    """The overrides make δ-SAM of a YAML of one's own."""
+    config = {
+        "common": {"cpu": True, "seed": 1},
+        "task": {"_name": "translation", "data": str(translation_data)},
+        "criterion": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
+        "dataset": {"batch_size": 16, "num_workers": 0, "disable_validation": True},
+        "optimization": {"lr": [0.01], "max_update": 2},
+        "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
+        "lr_scheduler": {"_name": "fixed", "warmup_updates": 0},
+        "model": {"_name": "transformer_tiny", "base_layers": 0},
+        "checkpoint": {"save_dir": str(tmp_path / "saved")},
+    }
+    OmegaConf.save(OmegaConf.create(config), tmp_path / "mine.yaml")
+    shell(block("hydra").replace("DIR", str(tmp_path)).replace("NAME", "mine"), tmp_path)
+    saved = torch.load(tmp_path / "saved" / "checkpoint_last.pt")
+    assert saved["cfg"]["optimizer"]["_name"] == saved["cfg"]["criterion"]["_name"] == "delta_sam"
+    assert saved["cfg"]["criterion"]["label_smoothing"] == 0.1
+    assert tuple(saved["last_optimizer_state"]["param_groups"][0]["betas"]) == (0.9, 0.98)
+
+
+def test_python_example_prints_what_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "example.py").write_text(block("example"))
+    assert shell("python example.py", tmp_path) == block("its output")
+
+
+def test_own_criterion(translation_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text(MY_CRITERION + block("criterion"))
+    command = ["fairseq-train", translation_data, "--user-dir", "own", *TOY, "--optimizer", "delta_sam", "--cpu"]
+    command += ["--criterion", "delta_sam", "--base-criterion", "my_criterion", "--max-update", 2, "--batch-size", 16]
+    assert "sam_sharpness" in shell(shlex.join(map(str, [*command, "--lr", 0.01, "--log-format", "simple"])), tmp_path)
+
+
+def test_make_targets() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", pages, re.MULTILINE))
+    assert {"example", "test", "test-all", "test-compat", "example-translation"} <= named
+    for target in named:
+        shell(f"make -n {target}", ROOT)
+
+
+def test_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every extra that a page or the Makefile installs is one of setup.py."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **options: given.update(options))
+    exec(compile((ROOT / "setup.py").read_text(), ROOT / "setup.py", "exec"), {"__file__": str(ROOT / "setup.py")})
+    installed = re.findall(r"'\.\[([\w,]+)\]'", "".join(page.read_text() for page in [*PAGES, ROOT / "Makefile"]))
+    assert "'.[fairseq]'" in block("install")
+    assert {extra for names in installed for extra in names.split(",")} == given["extras_require"].keys()
+
+
+def test_paths() -> None:
+    """Every link and every path names a file or a folder of the repository."""
+    for page in PAGES:
+        text = FENCED.sub("", page.read_text(encoding="utf-8"))
+        links = [page.parent / link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+        links += [ROOT / path for path in re.findall(r"`((?:deltasam_plugin|benchmarks|examples)/[\w/.]+)`", text)]
+        assert not [str(path) for path in links if not path.exists() and "work" not in path.parts], page
+
+
+def test_options_are_fairseqs_or_the_plugins() -> None:
+    known = set(options.get_training_parser()._option_string_actions) | {"--config-dir", "--config-name", "--path"}
+    configs = [DeltaSAMOptimizerConfig, DeltaSAMCriterionConfig, *CRITERION_DATACLASS_REGISTRY.values()]
+    known |= {f"--{item.name.replace('_', '-')}" for config in configs for item in fields(config)}
+    parser = options.get_training_parser()
+    ARCH_MODEL_REGISTRY["transformer_tiny"].add_args(parser)
+    known |= {*parser._option_string_actions, "--adam-betas"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README)) <= known
 
 
 def test_criterions() -> None:
@@ -19,20 +201,45 @@ def test_criterions() -> None:
     assert listed is not None
     base = "label_smoothed_cross_entropy"
     names = {base + n if n.startswith("_") else n for n in re.findall(r"`(\w+)`", listed[1])}
-    assert names == {
-        name for name, adaptor in PER_SAMPLE_LOSSES.items() if adaptor.__module__.startswith("deltasam_plugin.")
-    }
+    own = {name for name, losses in PER_SAMPLE_LOSSES.items() if losses.__module__.startswith("deltasam_plugin.")}
+    assert names == own
 
 
 def test_options_and_their_defaults() -> None:
-    rows = re.findall(r"^\| `--([a-z-]+)` \| ([^|]+) \|", README, re.MULTILINE)
-    options = {
-        item.name: item.default for cls in (DeltaSAMOptimizerConfig, DeltaSAMCriterionConfig) for item in fields(cls)
-    }
-    del options["_name"]
-    expected = {name.replace("_", "-"): "off" if value is False else str(value) for name, value in options.items()}
-    assert {name: value.strip() for name, value in rows} == expected
+    found = [item for config in (DeltaSAMOptimizerConfig, DeltaSAMCriterionConfig) for item in fields(config)]
+    defaults = {f"`--{item.name.replace('_', '-')}`": item.default for item in found if item.name != "_name"}
+    expected = {name: "off" if value is False else str(value) for name, value in defaults.items()}
+    assert {row["option"]: row["default"] for row in rows(README, "option")} == expected
 
 
 def test_scalars() -> None:
-    assert set(re.findall(r"`(sam_\w+)`", README)) == {f"sam_{item.name}" for item in fields(Statistics)}
+    listed = {row["scalar"].strip("`") for row in rows(README, "scalar")}
+    assert listed == {"loss", *(f"sam_{item.name}" for item in fields(Statistics))}
+    assert set(re.findall(r"`(sam_\w+)`", README)) <= listed
+
+
+def test_results_are_those_of_the_example() -> None:
+    """As `make example` prints them, with the runs that were measured."""
+    results = rows(README, "run")
+    assert results == rows((ROOT / "examples" / "sentiment" / "README.md").read_text(), "run")
+    assert tuple(results[0]) == TITLES
+    assert [row["run"] for row in results] == list(OPTIMIZERS)[: len(results)]
+
+
+def test_costs_are_those_of_the_full_table() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    sizes, full = ("width", "tokens", "batch"), rows(page, "width")
+    shown = {tuple(row.pop(size) for size in sizes): row for row in rows(README, "width")}
+    ratios = {tuple(row.pop(size) for size in sizes): row for row in full}
+    assert len(shown) == 3
+    for case, row in shown.items():
+        assert row.pop("SAM") == "1, 1"
+        for method, cell in row.items():
+            seconds, _, _, memory = re.findall(r"[\d.]+", ratios[case][method])
+            assert cell.strip("*") == f"{seconds}, {memory}", (case, method)
+    instance = [re.findall(r"[\d.]+", row["instance"]) for row in ratios.values()]
+    time, memory = (sorted((numbers[index] for numbers in instance), key=float) for index in (0, 3))
+    said = f"takes {time[0]}–{time[-1]} times SAM's time and {memory[0]}–{memory[-1]} times its memory"
+    assert said in " ".join(README.split())
+    methods = [row["method"] for row in rows(page, "method")]
+    assert set(methods) - {"SAM"} == ratios[next(iter(ratios))].keys() - {"SAM, s", "loop : instance"}

@@ -1,5 +1,5 @@
 # make install   .venv with the plugin, fairseq and every tool, at the tested versions
-# make example   examples/sentiment: Adam, SAM and δ-SAM on real sentences, ends with a table
+# make example   examples/sentiment: Adam, SAM, δ-SAM and instance mode on real sentences, ends with a table
 # make example-translation   examples/translation: the same for translation from German, ends with BLEU; SOURCE_FILE=<file>
 #                TARGET_FILE=<file> uses two parallel files of your own instead of Debian's packages
 # make test      the test suite

@@ -2,16 +2,16 @@
 
     python benchmarks/probe_study.py CHECKPOINT [--data DIR] [--subset valid] [--batch-size 32] [--probes 8]
 
-For one batch of a trained model the second difference D of every sample is taken along the same directions in fp32 and,
-as the truth, in double precision. Columns, all medians over samples and directions:
-  signal        |D| in double precision
-  noise         |D(fp32) - D(double)|
-  noise/eps|l|  the same in units of fp32's eps times the sample's loss: what weighting.ROUNDING_FACTOR must cover; its
-                95th percentile stands beside it
-  lost          share of the samples whose |D| is below the floor that weighting.rounding_floor estimates
-  bias          |D(s)/s² - D(s₀)/s₀²| relative to the latter, s₀ the smallest scale: what is not curvature at w
-  ess           effective sample size of the resulting weights (one probe), and its rank correlation with the weights
-                that many probes at s₀ give in double precision
+For one batch of a trained model, every sample's second difference D is computed along the same directions in fp32 and
+in double precision, which counts as the truth. The columns are medians over samples and directions:
+  signal            |D| in double precision
+  noise             |D(fp32) - D(double)|
+  noise/eps|l|      the noise in units of fp32's eps times the sample's loss, which weighting.ROUNDING_FACTOR must cover
+  95 %              the 95th percentile of noise/eps|l|
+  lost              share of the samples whose |D| is below the floor that weighting.rounding_floor estimates
+  bias              |D(s)/s² - D(s₀)/s₀²| relative to the latter, with s₀ the smallest scale: what is not curvature at w
+  ess               effective sample size of the weights that one probe gives
+  rank correlation  of these weights with those that all probes at s₀ give in double precision
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from deltasam_plugin.fairseq.criterions.registry import objective_of, per_sample
 
 
 class InDouble(TorchFunctionMode):
-    """fairseq casts to fp32 before every softmax; here the truth must stay in double precision."""
+    """Keeps double precision where fairseq casts to fp32, before every softmax."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -54,7 +54,7 @@ SCALES = [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("--data", help="binarized data, where the checkpoint's own path does not hold any more")
+    parser.add_argument("--data", help="binarized data, if the path in the checkpoint is no longer right")
     parser.add_argument("--subset", default="valid")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--probes", type=int, default=8)
@@ -119,7 +119,7 @@ def main() -> None:
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> Tensor:
-    """Spearman's coefficient."""
+    """Return Spearman's coefficient."""
     ranks = torch.stack([one.argsort().argsort(), other.argsort().argsort()]).double()
     return torch.corrcoef(ranks)[0, 1]
 

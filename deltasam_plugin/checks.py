@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import coarsest
-from deltasam_plugin.replay import Conditions
+from deltasam_plugin.replay import Conditions, forward_only
 
 # By how much kernels that add in varying order may change a loss, relative to 1 + the largest loss of the batch.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -55,10 +55,10 @@ class Checks:
         """
         if not self._due:
             return
-        # With gradient, as the second pass. On a GPU the graph is built in the host's memory, beside the first graph.
+        # With gradient, as the second pass.
         with (
             torch.enable_grad(),
-            torch.autograd.graph.save_on_cpu(),
+            forward_only(),
             conditions.replayed(),
             before_forward(_refuse_spectral_norm),
         ):

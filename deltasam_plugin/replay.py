@@ -121,6 +121,11 @@ class UnseededGenerators:
             np.random.default_rng = before
 
 
+def forward_only() -> torch.autograd.graph.saved_tensors_hooks:
+    """A context for a pass with gradients enabled whose backward pass is never run: nothing is saved for it."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda packed: packed)
+
+
 @dataclass(frozen=True)
 class Conditions:
     """What a forward pass depends on besides parameters and inputs: random state and autocast.

@@ -24,6 +24,7 @@ from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, intercept_layers
+from deltasam_plugin.replay import forward_only
 
 ALWAYS_CHECKED = 16  # batches; later the powers of two
 CHECK_INTERVAL = 1000  # and the multiples of this
@@ -133,10 +134,10 @@ class InstanceEngine:
             true = {name: g for name, g in zip(verified, found[len(calls) :]) if g is not None}
             gradients = found[: len(calls)]
             groupings, reasons = self._ownership.groupings(calls, gradients, scaled, losses.numel(), rows)
-            self._coverage.exclude({**_detached_uses(calls, gradients), **reasons})
+            self._coverage.exclude({**_detached_uses(calls, gradients, tape.superseded), **reasons})
             planned = plan_calls(calls, groupings, self._coverage)
             if true:
-                shapes = {call.weight: call.weight_shape for call in planned if call.weight is not None}
+                shapes = {call.weight.upright: call.weight_shape for call in planned if call.weight is not None}
                 eps = max((torch.finfo(g.dtype).eps for g in gradients if g is not None), default=0.0)
                 totals = _accumulated(list(zip(calls, planned, gradients))).totals(shapes)
                 if self._coverage.exclude(self._coverage.verify(true, totals, eps)):
@@ -168,7 +169,7 @@ class InstanceEngine:
         """
         chosen = torch.arange(losses.numel(), device=losses.device) % 2 == 0
         half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
-        with self.perturbed(half):
+        with self.perturbed(half), forward_only():
             found = replay().detach()
         allowed = torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max()
         if bool(((found - losses)[~chosen].abs() > allowed).any()):
@@ -204,7 +205,7 @@ class InstanceEngine:
             return y
 
         try:
-            with unfused_norms(), intercept_layers(self._parameters, handle, once):
+            with unfused_norms(), intercept_layers(self._parameters, handle, once, set()):
                 yield
             if pending:
                 raise RuntimeError(_not_a_replay(pending[-1]))
@@ -231,13 +232,17 @@ def _gradients(
         raise RuntimeError(CHECKPOINTED) from error
 
 
-def _detached_uses(calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None]) -> dict[str, str]:
+def _detached_uses(
+    calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None], superseded: set[CallKey]
+) -> dict[str, str]:
     """Parameters with a gradient that are also used where no gradient arrives.
 
     What the losses take from there without a gradient (a target behind detach) would be computed at w.
     """
-    live = {name for call, gradient in zip(calls, gradients) if gradient is not None for name in call.names}
-    silent = {name for call, gradient in zip(calls, gradients) if gradient is None for name in call.names}
+    pairs = list(zip(calls, gradients))
+    live = {name for call, gradient in pairs if gradient is not None for name in call.names}
+    dead = [call for call, gradient in pairs if gradient is None and call.key not in superseded]
+    silent = {name for call in dead for name in call.names}
     return dict.fromkeys(live & silent, DETACHED)
 
 

@@ -38,6 +38,11 @@ class Factor:
     bias: ParameterSlice | None = None
 
     @property
+    def transposed(self) -> Factor:
+        """Of the transposed matrix, without a bias."""
+        return Factor(self.right, self.left)
+
+    @property
     def indexed(self) -> bool:
         """Whether `left` holds indices."""
         return not self.left.is_floating_point()

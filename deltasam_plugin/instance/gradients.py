@@ -49,10 +49,16 @@ class PerSampleGradients:
 
     def add(self, part: ParameterSlice, gradients: Tensor) -> None:
         """Add per-sample gradients (B, \\*shape). The tensor is kept and written to."""
-        if part in self.formed:
-            self.formed[part].add_(gradients)
+        if part.transposed:
+            gradients = gradients.transpose(1, 2)
+        if part.upright in self.formed:
+            self.formed[part.upright].add_(gradients)
         else:
-            self.formed[part] = gradients
+            self.formed[part.upright] = gradients
+
+    def add_factor(self, part: ParameterSlice, factor: Factor) -> None:
+        """Add the per-sample gradients of one use of a matrix."""
+        self.factors[part.upright].append(factor.transposed if part.transposed else factor)
 
     def totals(self, shapes: dict[ParameterSlice, torch.Size]) -> Iterator[tuple[ParameterSlice, Tensor]]:
         """The sum over the samples of what was added: parameter slices, some repeatedly, and their gradients.
@@ -124,11 +130,13 @@ class PerSamplePerturbation:
 
     def step(self, part: ParameterSlice | None) -> Tensor | None:
         r""":math:`s_i g_i`, (B, \*shape), where it is kept in this form."""
-        return None if part is None else self._formed.get(part)
+        step = None if part is None else self._formed.get(part.upright)
+        return step.transpose(1, 2) if step is not None and part is not None and part.transposed else step
 
     def factors(self, part: ParameterSlice | None) -> list[Factor]:
         """What the gradient of a matrix consists of."""
-        return [] if part is None else self._factors.get(part, [])
+        factors = [] if part is None else self._factors.get(part.upright, [])
+        return [factor.transposed for factor in factors] if part is not None and part.transposed else factors
 
     def coefficients(self, factor: Factor, x: Tensor, grouping: Grouping) -> Tensor:
         """:func:`~deltasam_plugin.instance.factored.coefficients` for input rows x (N, m)."""

@@ -24,21 +24,33 @@ class ParameterSlice(NamedTuple):
         name: of the parameter.
         start, stop: rows of its first dimension.
         columns: range of its second dimension; None for all.
+        transposed: whether it is used as the transpose of that part.
     """
 
     name: str
     start: int
     stop: int
     columns: tuple[int, int] | None = None
+    transposed: bool = False
+
+    @property
+    def upright(self) -> ParameterSlice:
+        """The same part, not transposed."""
+        return self._replace(transposed=False)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The same part of a tensor that has the parameter's shape, a view."""
+        """The same part, upright, of a tensor that has the parameter's shape; a view."""
         part = tensor[self.start : self.stop] if tensor.dim() else tensor
         return part if self.columns is None else part[:, slice(*self.columns)]
 
     def overlaps(self, other: ParameterSlice) -> bool:
         """Whether two different slices have elements in common."""
-        if self == other or self.name != other.name or self.start >= other.stop or other.start >= self.stop:
+        if (
+            self.upright == other.upright
+            or self.name != other.name
+            or self.start >= other.stop
+            or other.start >= self.stop
+        ):
             return False
         if self.columns is None or other.columns is None:
             return True
@@ -62,6 +74,16 @@ def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _COMPOSITE = {F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward)}
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta != 1 or alpha != 1 or input.dim() != 1:
+        return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+    return F.linear(mat1, mat2.t(), input)
+
+
+_TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
+_SUMS = {torch.add, Tensor.add, Tensor.add_}
 
 _DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
@@ -87,6 +109,7 @@ class Interception(TorchFunctionMode):
         self.foreign: dict[str, str] = {}
         self.frozen_uses: set[str] = set()
         self._detached: dict[int, tuple[Tensor, str]] = {}
+        self._expandable: dict[int, tuple[Tensor, Callable[[tuple[int, ...]], Tensor]]] = {}
         self._visited = frozenset(visited)
         self._visit = visit
         # The tensor is kept beside its slices: an id is only good as long as its object lives.
@@ -103,7 +126,11 @@ class Interception(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._expandable and func in _SUMS:
+            args = tuple(self._expanded(argument, args) for argument in args)
         composite = _COMPOSITE.get(func)
+        if func is torch.addmm and len(args) == 3 and id(args[2]) in self._known:
+            composite = _addmm
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
@@ -116,6 +143,23 @@ class Interception(TorchFunctionMode):
         result = func(*args, **kwargs)
         self._follow(func, args, kwargs, result)
         return result
+
+    def expand_in_sums(self, result: Tensor, expanded: Callable[[tuple[int, ...]], Tensor]) -> None:
+        """Replace a result in sums where all samples share it: as if each had rows of its own.
+
+        Args:
+            result: of a call, such as embedded positions (1, T, C).
+            expanded: runs the call for a result of the given shape, to which its own can be expanded.
+        """
+        self._expandable[id(result)] = (result, expanded)
+
+    def _expanded(self, argument: Any, args: tuple[Any, ...]) -> Any:
+        result, expanded = self._expandable.get(id(argument), (None, None))
+        others = [other for other in args if isinstance(other, Tensor) and other is not argument]
+        if result is None or expanded is None or not others:
+            return argument
+        shape = tuple(torch.broadcast_shapes(result.shape, others[0].shape))
+        return argument if shape == tuple(result.shape) else expanded(shape)
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[ParameterSlice, ...]]:
         known, found = self._known, []
@@ -145,7 +189,13 @@ class Interception(TorchFunctionMode):
             return
         if computes and not torch.is_grad_enabled():
             self.frozen_uses.update(part.name for slices in found for part in slices)
-        if func in _SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
+        turned = any(part.transposed for slices in found for part in slices)
+        if func in _TRANSPOSES and len(found[0]) == 1 and outputs and outputs[0].dim() == 2:
+            turn = not found[0][0].transposed
+            self._learn(outputs[0], (found[0][0]._replace(transposed=turn),))
+        elif turned and any(output.requires_grad for output in outputs):
+            self._report(func, found)
+        elif func in _SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
             self._learn_parts(found[0], outputs)
         elif func is torch.cat and _dim(args, kwargs, 1) == 0 and len(found) == len(args[0] if args else ()):
             self._learn(outputs[0], tuple(part for slices in found for part in slices))
@@ -168,7 +218,7 @@ class Interception(TorchFunctionMode):
         begin = 0
         for part in parts:
             end, offset, inside = begin + part.shape[0], 0, []
-            for name, start, stop, columns in slices:
+            for name, start, stop, columns, _ in slices:
                 low, high = max(begin - offset, 0), min(end - offset, stop - start)
                 if low < high:
                     inside.append(ParameterSlice(name, start + low, start + high, columns))
@@ -187,7 +237,7 @@ def _indexed(slices: tuple[ParameterSlice, ...], tensor: Tensor, index: Any) -> 
     bounds = [r.indices(size)[:2] for r, size in zip(ranges, tensor.shape)]
     if any(low >= high for low, high in bounds):
         return None
-    name, start, _, columns = slices[0]
+    name, start, _, columns, _ = slices[0]
     (low, high), offset = bounds[0], 0 if columns is None else columns[0]
     if len(bounds) == 2 and bounds[1] != (0, tensor.shape[1]):
         columns = (offset + bounds[1][0], offset + bounds[1][1])

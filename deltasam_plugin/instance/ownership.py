@@ -85,6 +85,7 @@ class Ownership:
         if not scaled:
             return found, {}
         levels, silent, reasons = _levels(calls), [], {}
+        ambiguous: dict[int, list[Grouping]] = {}
         listed: defaultdict[tuple[int, ...], dict[int, Tensor]] = defaultdict(dict)
         for i, (call, gradient) in enumerate(zip(calls, gradients)):
             if gradient is None or 0 in call.leading_shape:
@@ -96,7 +97,9 @@ class Ownership:
                 silent.append(i)
             elif fitting := [pair for pair in self._candidates(call, batch, rows) if consistent(pair[1], owners)]:
                 self._layouts[call.key] = [layout for layout, _ in fitting]
-                found[i] = fitting[0][1]  # where they differ, it is on rows without gradient
+                found[i] = agreed([grouping for _, grouping in fitting])
+                if found[i] is None:
+                    ambiguous[i] = [grouping for _, grouping in fitting]
             else:
                 self._layouts[call.key] = []
                 listed[call.leading_shape][i] = owners
@@ -106,6 +109,12 @@ class Ownership:
                 found[i] = grouping
                 if grouping is None:
                     reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
+        for i, candidates in ambiguous.items():  # they differ on rows without gradient
+            alike = [
+                g for call, g in zip(calls, found) if g is not None and call.leading_shape == calls[i].leading_shape
+            ]
+            likely = [grouping for grouping in candidates if any(grouping.same(other) for other in alike)]
+            found[i] = (likely or candidates)[0]
         moved = {part for call, grouping in zip(calls, found) if grouping is not None for part in call.parts}
         for i in silent:  # of a parameter that gets a gradient elsewhere, and perturbs these rows too
             shape = calls[i].leading_shape

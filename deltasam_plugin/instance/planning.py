@@ -29,14 +29,20 @@ def plan_calls(
     for i, call in enumerate(planned):
         for part in (call.weight, call.bias):
             if part is not None:
-                uses[part].append(i)
+                uses[part.upright].append(i)
     for part, indices in uses.items():
         users = [planned[i] for i in indices]
-        if any(call.weight != part or call.layer.name != "linear" for call in users):
+        if any(call.weight is None or call.weight.upright != part or call.layer.name != "linear" for call in users):
             continue
         formed = forming_is_cheaper(sum(call.grouping.rows_per_sample for call in users), *users[0].weight_shape)
         bias = users[0].bias
-        together = bias is not None and all(call.bias == bias for call in users) and len(uses[bias]) == len(users)
+        turned = any(call.weight is not None and call.weight.transposed for call in users)
+        together = (
+            not turned
+            and bias is not None
+            and all(call.bias == bias for call in users)
+            and len(uses[bias]) == len(users)
+        )
         for i in indices:
             planned[i] = replace(planned[i], formed=formed, affine=together and not formed)
     return planned

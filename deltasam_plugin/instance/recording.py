@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,10 +19,13 @@ from deltasam_plugin.instance.layers import LAYERS
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
 from deltasam_plugin.instance.memo import Memo
 
+Use = tuple[str, ParameterSlice | None, ParameterSlice | None]
 Handle = Callable[[Layer, CallArguments, CallKey, Tensor], Tensor]
 
 
-def intercept_layers(parameters: Mapping[str, Tensor], handle: Handle, once: Memo) -> Interception:
+def intercept_layers(
+    parameters: Mapping[str, Tensor], handle: Handle, once: Memo, superseded: set[CallKey]
+) -> Interception:
     """Hand every differentiable call of a known kind of layer with a known parameter to `handle`.
 
     Args:
@@ -30,8 +33,9 @@ def intercept_layers(parameters: Mapping[str, Tensor], handle: Handle, once: Mem
         handle: called as ``handle(layer, arguments, key, x)`` with ``x = layer.rows(arguments.x)``, one tensor for all
             layers that read the same input. Returns the result of ``layer.run``.
         once: for these rows. The caller clears it once the pass is over.
+        superseded: filled with calls whose rows all samples share, and which further calls with rows for each replace.
     """
-    uses: Counter[tuple[Any, ...]] = Counter()
+    uses: Counter[Use] = Counter()
 
     def visit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = LAYERS[func]
@@ -41,7 +45,21 @@ def intercept_layers(parameters: Mapping[str, Tensor], handle: Handle, once: Mem
         weight, bias = interception.slice_of(arguments.weight), interception.slice_of(arguments.bias)
         if weight is None and bias is None:
             return NotImplemented
-        use = layer.name, weight, bias
+        use: Use = (layer.name, weight, bias)
+        result = run(layer, arguments, use)
+        if layer.may_be_shared and arguments.x.dim() and (arguments.x.dim() == 1 or arguments.x.shape[0] == 1):
+            key = CallKey(*use, uses[use] - 1, len(arguments.leading_shape))
+
+            def expanded(shape: tuple[int, ...]) -> Tensor:
+                superseded.add(key)
+                x = arguments.x.expand(shape[: len(shape) - 1])
+                with torch.enable_grad():
+                    return run(layer, replace(arguments, x=x, leading_shape=tuple(x.shape)), use)
+
+            interception.expand_in_sums(result, expanded)
+        return result
+
+    def run(layer: Layer, arguments: CallArguments, use: Use) -> Tensor:
         key = CallKey(*use, uses[use], len(arguments.leading_shape))
         uses[use] += 1
         return layer.finish(arguments, handle(layer, arguments, key, once(layer.rows, arguments.x)))
@@ -91,13 +109,15 @@ class Tape:
     Attributes:
         calls: in order, recorded while the context of :meth:`running` is active.
         rows: lists of the sample of each row, from the caller.
+        superseded: calls that others replace.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], rows: Sequence[Tensor]) -> None:
         self.rows = rows
         self.calls: list[RecordedCall] = []
+        self.superseded: set[CallKey] = set()
         self._once = Memo()
-        self._interception = intercept_layers(parameters, self._record, self._once)
+        self._interception = intercept_layers(parameters, self._record, self._once, self.superseded)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -131,7 +151,10 @@ class Tape:
         for name, slices in parts.items():
             if any(one.overlaps(other) for one, other in combinations(slices, 2)):
                 found.setdefault(name, "used whole and in parts")
-            if len(kinds[name]) > 1:
+            if len(kinds[name]) > 1 or (
+                any(part.transposed for part in slices)
+                and any(c.layer.name == "embedding" for c in self.calls if name in c.names)
+            ):
                 found.setdefault(name, "used in layers of different kinds")
             if name in self._interception.frozen_uses:
                 found.setdefault(name, "used with and without gradient")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltasam_plugin.instance.layers.base import Layer
 from deltasam_plugin.instance.layers.convolution import Convolution
-from deltasam_plugin.instance.layers.elementwise import Addition, Scaling
+from deltasam_plugin.instance.layers.elementwise import Addition, Expansion, Scaling
 from deltasam_plugin.instance.layers.embedding import Embedding
 from deltasam_plugin.instance.layers.layer_norm import LayerNorm, RMSNorm
 from deltasam_plugin.instance.layers.linear import Linear
@@ -25,5 +25,6 @@ LAYERS: dict[Callable[..., Any], Layer] = {
     F.conv1d: Convolution("conv1d", F.conv1d),
     F.conv2d: Convolution("conv2d", F.conv2d),
     **dict.fromkeys((torch.add, Tensor.add), Addition()),
+    Tensor.expand: Expansion(),
     **dict.fromkeys((torch.mul, Tensor.mul), Scaling()),
 }

@@ -98,6 +98,7 @@ class Layer:
 
     name: str
     weight_kind: str  # "matrix", "filter" or "vector"
+    may_be_shared = False  # whether all samples may use the same rows, as embedded positions
 
     def read(self, *args: Any, **kwargs: Any) -> CallArguments | None:
         """The call's arguments, None for variants that are not covered."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +61,30 @@ class Addition(Layer):
         row_shape = call.options[0]
         rows = bias.reshape(-1, 1, *row_shape).expand(-1, call.grouping.rows_per_sample, *row_shape)
         return added_to(y, call, rows)
+
+
+class Expansion(Addition):
+    """b for every row, as the class token of a vision model."""
+
+    name = "expand"
+
+    def read(self, input: Tensor, *sizes: Any) -> CallArguments | None:  # type: ignore[override]
+        if not isinstance(input, nn.Parameter):
+            return None
+        sizes = tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
+        own = (1,) * (len(sizes) - input.dim()) + tuple(input.shape)
+        shape = tuple(kept if size == -1 else size for size, kept in zip(sizes, own))
+        row_shape = _row_shape(input)
+        rank = len(shape) - len(row_shape)
+        if not row_shape or rank < 1:
+            return None
+        return CallArguments(input, None, input, tuple(shape[:rank]), (row_shape, input.shape, shape))
+
+    def run(self, arguments: CallArguments, x: Tensor) -> Tensor:
+        return x.expand(arguments.options[2]).clone()
+
+    def accumulate(self, call: PlannedCall, x: Tensor, gradient: Tensor, gradients: PerSampleGradients) -> None:
+        super().accumulate(replace(call, options=call.options[:2]), x, gradient, gradients)
 
 
 class Scaling(Layer):

@@ -15,7 +15,7 @@ from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCa
 class Embedding(Layer):
     """Rows of a table, W (n, m)."""
 
-    name, weight_kind = "embedding", "matrix"
+    name, weight_kind, may_be_shared = "embedding", "matrix", True
 
     def read(
         self,
@@ -44,7 +44,7 @@ class Embedding(Layer):
         padding_idx = call.options[0]
         if padding_idx is not None:
             gradient = gradient.masked_fill((index == padding_idx).unsqueeze(1), 0)
-        gradients.factors[call.weight].append(Factor(call.grouping.group(index), call.grouping.group(gradient)))
+        gradients.add_factor(call.weight, Factor(call.grouping.group(index), call.grouping.group(gradient)))
 
     def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
         added = perturbation.lookup(call.weight, call.grouping.group(x.flatten().long()))

@@ -70,7 +70,7 @@ class Linear(Layer):
             if call.formed:
                 gradients.add(call.weight, form(left, right))
             else:
-                gradients.factors[call.weight].append(Factor(left, right, call.bias if call.affine else None))
+                gradients.add_factor(call.weight, Factor(left, right, call.bias if call.affine else None))
         if call.bias is not None and not call.affine:
             gradients.add(call.bias, at_least_float32(left).sum(1))
 

@@ -10,6 +10,7 @@ each sample (``instance``).
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from deltasam_plugin.precision import at_least_float32
-from deltasam_plugin.replay import Conditions
+from deltasam_plugin.replay import Conditions, ThreadState, closing_contexts
 
 
 class Objective(NamedTuple):
@@ -131,15 +132,22 @@ def sharpness_aware_loss(
         RuntimeError: from backward, when it is run a second time. Whatever an inner pass raises comes through, with
             the weights as they were.
     """
-    conditions = Conditions.capture(devices)
-    with conditions.generators.replayed():
+    conditions, variables = Conditions.capture(devices), contextvars.copy_context()
+    with closing_contexts(), conditions.generators.replayed():
         value, ascend = perturbation.first_pass(first, conditions)
     statistics = Statistics.zeros(value.device)
 
     def backward(grad_output: Tensor) -> None:
-        with ascend(grad_output, statistics) as scale, torch.enable_grad(), conditions.replayed():
-            loss = second()
-            loss.backward(scale.to(loss.dtype))
+        called_in = ThreadState.capture(devices)  # on a GPU this is a thread of autograd's own
+        with (
+            closing_contexts(),
+            ascend(grad_output, statistics) as scale,
+            torch.enable_grad(),
+            conditions.replayed(),
+        ):
+            loss = variables.run(second)
+            with called_in.replayed():
+                loss.backward(scale.to(loss.dtype))
         statistics.fill(sharpness=at_least_float32(loss) - at_least_float32(value))
 
     anchor = torch.zeros((), device=value.device, requires_grad=True)

@@ -15,6 +15,7 @@ from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Objective, Statistics, sharpness_aware_loss
 from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
 
 STEP = "delta_sam_step"
@@ -154,12 +155,13 @@ class DeltaSAM(Optimizer):
         group = self.param_groups[0]
         step = group.get(STEP, 0)
         self.zero_grad()
-        with torch.enable_grad():
+        with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
             loss, self.statistics = sharpness_aware_loss(
                 first, lambda: closure().mean(), perturbations.of_batch(step), perturbations.devices
             )
-            loss.backward()
+            with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
+                loss.backward()
         self.base_optimizer.step()
         group[STEP] = step + 1
         return loss.detach()

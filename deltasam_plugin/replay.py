@@ -6,15 +6,16 @@ computes in the same autocast precision. It must also leave no trace in the stat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import random
 import threading
+import traceback
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,9 @@ class RandomState:
         fairseq seeds torch for every update. There it is a function of seed and update, and of the position within the
         update once anything was drawn: a resumed run gets the same seeds.
         """
-        generator = torch.Generator()
+        generator = torch.Generator("cpu")
         generator.set_state(self.cpu)
-        drawn = int(torch.randint(2**62, (), generator=generator))
+        drawn = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         for state in self.cuda.values():
             drawn ^= zlib.crc32(state.numpy().tobytes())
         return drawn
@@ -116,7 +117,8 @@ class UnseededGenerators:
 
         np.random.default_rng = default_rng
         try:
-            yield
+            with closing_contexts():  # those within may be of this kind, and must end before this one
+                yield
         finally:
             np.random.default_rng = before
 
@@ -127,15 +129,57 @@ def forward_only() -> torch.autograd.graph.saved_tensors_hooks:
 
 
 @dataclass(frozen=True)
-class Conditions:
-    """What a forward pass depends on besides parameters and inputs: random state and autocast.
+class ThreadState:
+    """What torch keeps for each thread and a pass depends on: autocast and the default device."""
 
-    Capture them before the first run. Every `with conditions.replayed():` repeats them, and leaves generators, autocast
+    autocast: dict[str, tuple[bool, torch.dtype]]
+    cache: bool
+    device: torch.device
+
+    @classmethod
+    def capture(cls, devices: set[torch.device]) -> ThreadState:
+        """Record the state of this thread; autocast for the kinds of `devices` and the CPU."""
+        kinds = {device.type for device in devices} | {"cpu"}
+        autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds}
+        return cls(autocast, torch.is_autocast_cache_enabled(), torch.get_default_device())
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Repeat this state for the length of the context, in any thread."""
+        before = ThreadState.capture({torch.device(kind) for kind in self.autocast})
+        try:
+            # No weight cache: it would hand the second pass the casts of the first pass's weights.
+            self._set_autocast(cache=False)
+            with nullcontext() if before.device == self.device else self.device:
+                yield
+        finally:
+            try:
+                before._set_autocast(before.cache)
+            except BaseException:  # Ctrl-C in the middle
+                before._set_autocast(before.cache)
+                raise
+
+    def without_autocast(self) -> ThreadState:
+        """This state, but autocast switched off."""
+        return replace(self, autocast={kind: (False, dtype) for kind, (_, dtype) in self.autocast.items()})
+
+    def _set_autocast(self, cache: bool) -> None:
+        for kind, (enabled, dtype) in self.autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(cache)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a forward pass depends on besides parameters and inputs: random state, autocast and default device.
+
+    Capture them before the first run. Every `with conditions.replayed():` repeats them, and leaves generators, thread
     state and batch-norm statistics as it found them.
     """
 
     random: RandomState
-    autocast: list[Callable[[], Any]] = field(default_factory=list)
+    thread: ThreadState
     generators: UnseededGenerators = field(default_factory=UnseededGenerators)
 
     @classmethod
@@ -145,22 +189,34 @@ class Conditions:
         Args:
             devices: where the model lives; CUDA generators and autocast are per device.
         """
-        autocast: list[Callable[[], Any]] = []
-        for kind in sorted({device.type for device in devices} | {"cpu"}):
-            # No weight cache: it would hand the second pass the casts of the first pass's weights.
-            enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-            autocast.append(partial(torch.autocast, kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-        return cls(RandomState.capture(devices), autocast)
+        return cls(RandomState.capture(devices), ThreadState.capture(devices))
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Repeat the captured conditions for the length of the context."""
         before = RandomState.capture({torch.device("cuda", index) for index in self.random.cuda})
-        with ExitStack() as stack:
-            stack.callback(before.restore)
-            stack.enter_context(self.generators.replayed())
-            stack.enter_context(frozen_statistics())
-            for context in self.autocast:
-                stack.enter_context(context())
-            self.random.restore()
-            yield
+        try:
+            with self.generators.replayed(), frozen_statistics(), self.thread.replayed():
+                self.random.restore()
+                yield
+        finally:
+            before.restore()
+
+
+@contextmanager
+def closing_contexts() -> Iterator[None]:
+    """If Ctrl-C strikes within, close the contexts that it kept from being entered or left.
+
+    It may come between the body of a `with` and its end. Then nothing is undone as long as the traceback lives, in a
+    notebook until the next error.
+    """
+    grad = torch.is_grad_enabled()
+    try:
+        yield
+    except BaseException as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename == contextlib.__file__:
+                with contextlib.suppress(RuntimeError):  # it is still running
+                    frame.clear()
+        torch.set_grad_enabled(grad)
+        raise

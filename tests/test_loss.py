@@ -1,8 +1,10 @@
 """The gradient of a sharpness-aware loss with one perturbation for the batch: against an oracle, and under everything
 that can surround or interrupt it."""
 
+import contextvars
 import math
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deltasam_plugin import Settings
-from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.probing import draw_direction
 from deltasam_plugin.batch.weighting import ROUNDING_FACTOR
@@ -385,6 +387,58 @@ def test_the_second_pass_computes_in_the_autocast_precision_of_the_first_and_see
     # nine weights move by 0.5 each: from 1 to 1.5, in the second pass of either loss
     assert [total for _, total in seen[-2:]] == [13.5, 13.5]
     assert statistics.sharpness.item() == pytest.approx(9 * (1.5**2 - 1), rel=1e-2)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_the_second_backward_pass_runs_under_the_autocast_state_that_backward_is_called_in(inside, batches):
+    """As SAM written by hand, bit for bit. Autocast changes the backward pass of what runs in fp32."""
+    x, y = batches[0]
+
+    def autocast(enabled=True):
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+
+    def losses(model):
+        hidden = model.enter(x)
+        with autocast(False):
+            hidden = torch.tanh(hidden.float()) @ model.body[2].weight
+        return F.cross_entropy(model.leave(hidden), y, reduction="none")
+
+    model, by_hand = Net(), Net()
+    perturbed = [PerturbedParameter(parameter) for parameter in model.parameters()]
+    with autocast():
+        loss, _ = loss_of(lambda: (losses(model).sum(), losses(model)), perturbed, model.parameters(), UNIFORM)
+        value = losses(by_hand).sum()
+        with autocast(inside):
+            ascent = torch.autograd.grad(value, [*by_hand.parameters()], allow_unused=True)
+    with autocast(inside):
+        loss.backward()
+    gradients_by_name = dict(zip([*by_hand.parameters()], ascent))
+    with ascended([*map(PerturbedParameter, by_hand.parameters())], [*gradients_by_name.values()], UNIFORM.rho):
+        with autocast():
+            value = losses(by_hand).sum()
+        with autocast(inside):
+            value.backward()
+    assert same(gradients(model), gradients(by_hand))
+    assert gradients(model)[0] is not None
+
+
+def test_the_second_pass_sees_default_device_and_context_variables_although_another_thread_runs_it():
+    """On a GPU, autograd runs backward passes in a thread of its own."""
+    weight, seen, variable = nn.Parameter(torch.ones(3)), [], contextvars.ContextVar("variable", default="unset")
+
+    def first():
+        seen.append((torch.empty(1).device.type, variable.get()))
+        return weight.sum(), weight * 1
+
+    variable.set("set")
+    with torch.device("meta"):
+        perturbation = BatchPerturbation([PerturbedParameter(weight)], [weight], Settings())
+        loss, _ = sharpness_aware_loss(lambda: Objective(*first()), lambda: first()[0], perturbation, {weight.device})
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert seen == [("meta", "set")] * 4
+    assert torch.empty(1).device.type == "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

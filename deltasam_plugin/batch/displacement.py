@@ -91,13 +91,21 @@ def restored(
         The originals to displace from, one per parameter: the values at entry, or those in `rewritten`. Read only.
     """
     copies = [p.parameter.detach().clone() for p in parameters]
+
+    def put_back() -> None:
+        for p, copy in zip(parameters, copies, strict=True):
+            p.parameter.data.copy_(copy)
+
     try:
         if not rewritten:
             rewritten = [None] * len(parameters)
         yield [copy if old is None else old for copy, old in zip(copies, rewritten, strict=True)]
     finally:
-        for p, copy in zip(parameters, copies, strict=True):
-            p.parameter.data.copy_(copy)
+        try:
+            put_back()
+        except BaseException:  # Ctrl-C in the middle
+            put_back()
+            raise
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class BatchPerturbation:
                 self._checks.replay(objective, forward, conditions, dtypes)
         dtype = coarsest(dtypes)
         curvature: tuple[Tensor, Tensor] | None = None
-        failed = torch.zeros(())
+        failed = torch.zeros((), device=objective.losses.device)
         if self._settings.weighting == "curvature":
             around = *self._probe(objective, forward, conditions, rewritten), objective.losses
             curvature = second_difference(*around), rounding_floor(*around, torch.finfo(dtype).eps)

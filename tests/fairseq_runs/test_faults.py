@@ -62,8 +62,8 @@ def test_out_of_memory_drops_the_batch(translation_data: Path, tmp_path: Path, w
 def test_nan_loss_is_fairseqs_own_error(translation_data: Path, tmp_path: Path, reference: dict) -> None:
     """A batch whose loss is NaN ends the run as it ends the base run, with w in crash.pt."""
     ends = []
-    for name, update, options in [("base", 0, base(faulty.NAME)), ("delta", 3, delta(faulty.NAME))]:
-        faulty.plan = faulty.Plan(batch=update, where="second forward")  # the fourth batch, in both
+    for name, options in {"base": base(faulty.NAME), "delta": delta(faulty.NAME)}.items():
+        faulty.plan = faulty.Plan(batch=3, where="second forward", base=name == "base")
         with pytest.raises((FloatingPointError, StopIteration)) as end:
             fairseq_train(translation_data, tmp_path / name, *TRANSLATION, *ADAM, *options, updates=5)
         error: BaseException | None = end.value
@@ -140,14 +140,10 @@ def test_every_fault_in_every_pass(
 def test_amp_tries_the_batch_again(translation_data: Path, tmp_path: Path) -> None:
     """A gradient that is not finite under --amp: fairseq runs the batch again, at ρ = 0 as in the base run."""
     options = [*TRANSLATION, *ADAM, "--amp", "--fp16-init-scale", 4, "--disable-validation"]
-    faults = {  # in the third batch of both: the base run has one pass a batch, not four
-        "base": (base(faulty.NAME), {"batch": 0, "where": "ascent"}),
-        "zero": (delta(faulty.NAME, rho=0), {"batch": 2, "where": "second forward"}),
-        "delta": (delta(faulty.NAME), {"batch": 2, "where": "second forward"}),
-    }
+    runs = {"base": base(faulty.NAME), "zero": delta(faulty.NAME, rho=0), "delta": delta(faulty.NAME)}
     finals = {}
-    for name, (changed, failing) in faults.items():
-        faulty.plan = faulty.Plan(**failing)
+    for name, changed in runs.items():
+        faulty.plan = faulty.Plan(batch=2, where="second forward", base=name == "base")
         finals[name] = fairseq_train(translation_data, tmp_path / name, *options, *changed, updates=4)
     faulty.plan = faulty.Plan()
     calm = fairseq_train(translation_data, tmp_path / "calm", *options, *base(faulty.NAME), updates=4)

@@ -17,10 +17,10 @@ from deltasam_plugin import per_sample_losses
 
 NAME = "faulty_label_smoothed_cross_entropy"
 PASSES = {
-    "probe +": 0,
-    "probe -": 1,
-    "ascent": 2,
-    "ascent backward": 2,
+    "ascent": 0,
+    "ascent backward": 0,
+    "probe +": 1,
+    "probe -": 2,
     "second forward": 3,
     "second backward": 3,
 }
@@ -28,10 +28,14 @@ PASSES = {
 
 @dataclass
 class Plan:
-    """When to fail: in which batch's which pass, and how; counts the training passes as they come."""
+    """When to fail: in which batch's which pass, and how; counts the training passes as they come.
+
+    Batches are counted from 0. The base criterion runs one pass for each of them.
+    """
 
     batch: int = -1
     where: str = "ascent"
+    base: bool = False
     error: Exception | None = None
     calls: int = 0
     poisoned: bool = False
@@ -40,7 +44,12 @@ class Plan:
     def due(self) -> bool:
         """Called once per training pass; is this the one?"""
         call, self.calls = self.calls, self.calls + 1
-        return call == self.batch * 4 + PASSES[self.where]
+        if self.base:
+            return call == self.batch
+        passes, checks = PASSES[self.where], self.batch.bit_length()  # the first pass of batches 1, 2, 4, … runs twice
+        if passes > 0 and (self.batch + 1) & self.batch == 0:
+            checks += 1
+        return call == self.batch * 4 + passes + checks
 
 
 plan = Plan()

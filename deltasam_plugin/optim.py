@@ -70,17 +70,22 @@ class DeltaSAM(Optimizer):
             raise ValueError("Invalid base_optimizer LBFGS: it evaluates the loss itself. Use one that takes one step.")
         self.base_optimizer = base_optimizer(params, **base_options)
         self.statistics: Statistics | None = None
-        self._checks = Checks()
-        self._perturbations: Perturbations | None = None
+        self._begin_run()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings}, {self.base_optimizer!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        # Not all attributes: a learning-rate scheduler adds a step that is bound to this object.
+        return {name: self.__dict__[name] for name in ("settings", "base_optimizer", "statistics")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._begin_run()
+
+    def _begin_run(self) -> None:
+        self._checks = Checks()
+        self._perturbations: Perturbations | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import os
+import pickle
 import site
 import subprocess
 import sys
@@ -340,18 +341,36 @@ def test_hooks_can_be_registered():
     assert not hasattr(optimizer, "loss")
 
 
-def test_a_deep_copy_is_an_optimizer_of_its_own(monkeypatch):
-    monkeypatch.setattr(DeltaSAM, "step", DeltaSAM.step)  # torch replaces it on the class when an optimizer is copied
-    run = optimizers(ADAM, rho=0.2)[0]
-    torch.manual_seed(1)
-    train(*run, range(2))
-    copied = copy.deepcopy(run)
-    before = flat(run[0].state_dict())
-    for each in (copied, run):
-        torch.manual_seed(2)
-        train(*each, range(2, 4))
-        assert flat(run[0].state_dict()) == before or each is run
-    assert_same(copied, run)
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda run: pickle.loads(pickle.dumps(run)),
+    "torch.save": lambda run: torch.load(stored(run), weights_only=False),
+}
+
+
+def stored(run):
+    file = io.BytesIO()
+    torch.save(run, file)
+    file.seek(0)
+    return file
+
+
+@pytest.mark.parametrize("perturbation", ["batch", "instance"])
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_made_under_a_learning_rate_scheduler_trains_its_own_model(kind, perturbation):
+    model = nn.Linear(4, 3)
+    optimizer = DeltaSAM(model.parameters(), torch.optim.Adam, rho=0.2, perturbation=perturbation, lr=0.01)
+    torch.optim.lr_scheduler.StepLR(optimizer, step_size=2)
+    train(model, optimizer, range(3))
+    copied = COPIES[kind]((model, optimizer))
+    before = flat(model.state_dict())
+    assert flat(copied[0].state_dict()) == before
+    train(*copied, range(3, 6))
+    assert flat(model.state_dict()) == before
+    assert flat(copied[0].state_dict()) != before
+    train(model, optimizer, range(3, 6))
+    assert_same((model, optimizer), copied)
+    assert copied[1].statistics == optimizer.statistics
 
 
 def test_the_representation_names_settings_and_base_optimizer():

@@ -73,7 +73,8 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
         def first() -> Objective:
             found, result = objective(inner)
-            results.append(result)  # probes run this too; the ascent forward is the first
+            if not results:  # replays run this too; the ascent forward is the first
+                results.append(result)
             if not self._checked:
                 check_sum(self._base_name, found)
                 self._checked = True

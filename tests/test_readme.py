@@ -25,7 +25,7 @@ from deltasam_plugin.fairseq.optimizer import DeltaSAMOptimizerConfig
 from deltasam_plugin.loss import Statistics
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
-from tests.helpers.runs import fairseq_train
+from tests.helpers.runs import SMOOTHED, fairseq_train
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -79,7 +79,7 @@ def shell(command: str, folder: Path) -> str:
 
 
 def rows(text: str, head: str) -> list[dict[str, str]]:
-    """The rows of the table whose first column is called `head`, each by the names of the columns."""
+    """The rows of the table whose first column is `head`, by the names of the columns."""
     (table,) = re.findall(rf"^\| {head} +\|.*\n(?:\|.*\n)+", text, re.MULTILINE)
     names, _, *cells = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     return [dict(zip(names, row, strict=True)) for row in cells]
@@ -107,7 +107,7 @@ def test_the_two_words(translation_data: Path, tmp_path: Path, monkeypatch: pyte
         assert tuple(saved["last_optimizer_state"]["param_groups"][0]["betas"]) == (0.9, 0.98)
         assert config["criterion"]["label_smoothing"] == 0.1
         names = [config["optimizer"]["_name"], config["criterion"]["_name"]]
-        assert names == (["delta_sam"] * 2 if sign == "+" else ["adam", "label_smoothed_cross_entropy"])
+        assert names == (["delta_sam"] * 2 if sign == "+" else ["adam", SMOOTHED])
         logged = {name for _, name, *_ in saved["extra_state"]["metrics"]["train"]}
         assert "sam_sharpness" in logged or sign == "-"
 
@@ -123,12 +123,17 @@ def test_the_two_words(translation_data: Path, tmp_path: Path, monkeypatch: pyte
         fairseq_train(translation_data, tmp_path / f"{index}", *TOY, *sides["+"], *words(variant), updates=1)
 
 
-def test_hydra(translation_data: Path, tmp_path: Path) -> None:
+SENTENCES = {"_name": "sentence_prediction", "num_classes": 2, "init_token": 0, "separator_token": 2}
+ROBERTA = {"_name": "roberta", "encoder_layers": 1, "encoder_embed_dim": 32, "encoder_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["translation", "criterion as a string", "sentences"])
+def test_hydra(translation_data: Path, sentence_data: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """The overrides make δ-SAM of a YAML of one's own."""
-    config = {
+    config: dict[str, Any] = {
         "common": {"cpu": True, "seed": 1},
         "task": {"_name": "translation", "data": str(translation_data)},
-        "criterion": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
+        "criterion": {"_name": SMOOTHED, "label_smoothing": 0.2},
         "dataset": {"batch_size": 16, "num_workers": 0, "disable_validation": True},
         "optimization": {"lr": [0.01], "max_update": 2},
         "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
@@ -136,12 +141,22 @@ def test_hydra(translation_data: Path, tmp_path: Path) -> None:
         "model": {"_name": "transformer_tiny", "base_layers": 0},
         "checkpoint": {"save_dir": str(tmp_path / "saved")},
     }
+    command = block("hydra").strip().replace("DIR", str(tmp_path)).replace("NAME", "mine")
+    if kind == "criterion as a string":
+        config["criterion"] = SMOOTHED
+        (override,) = re.findall(r"`('criterion=[^`]+')`", README)
+        command = f"{command[: command.index('criterion.')]} {override}"
+    if kind == "sentences":
+        config |= {"task": {**SENTENCES, "data": str(sentence_data["class"])}, "model": ROBERTA}
+        config["criterion"] = {"_name": "sentence_prediction"}
+        (more,) = re.findall(r"`(\+criterion\.[^`]+)`", README)
+        command = f"{command.replace(SMOOTHED, 'sentence_prediction')} {more}"
     OmegaConf.save(OmegaConf.create(config), tmp_path / "mine.yaml")
-    shell(block("hydra").replace("DIR", str(tmp_path)).replace("NAME", "mine"), tmp_path)
+    shell(command, tmp_path)
     saved = torch.load(tmp_path / "saved" / "checkpoint_last.pt")
     assert saved["cfg"]["optimizer"]["_name"] == saved["cfg"]["criterion"]["_name"] == "delta_sam"
-    assert saved["cfg"]["criterion"]["label_smoothing"] == 0.1
     assert tuple(saved["last_optimizer_state"]["param_groups"][0]["betas"]) == (0.9, 0.98)
+    assert kind != "translation" or saved["cfg"]["criterion"]["label_smoothing"] == 0.2
 
 
 def test_python_example_prints_what_is_shown(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fairseq_cli import preprocess
 
-from tests.helpers.corpora import corpus, features, sentences
+from tests.helpers.corpora import corpus, sentences
 from tests.helpers.runs import WORDS, run, write_labels, write_translation
 from tests.recipes.recipe import transformer
 from tests.recipes.worker import command
@@ -98,12 +98,4 @@ def commonsense(folder: Path) -> None:
         (data / f"{split}.jsonl").write_text("\n".join(rows) + "\n")
 
 
-def synthesis(folder: Path) -> None:
-    """The same as for recognition, with the description of spectrograms that speech synthesis wants."""
-    features(folder)
-    with (folder / "data" / "config.yaml").open("a") as file:
-        file.write("features: {type: spectrogram+melscale+log, sample_rate: 16000, n_mels: 8, eps: 1e-5, n_fft: 64, ")
-        file.write("window_fn: hann, win_len_t: 0.004, hop_len_t: 0.001, f_min: 20, f_max: 8000}\n")
-
-
-MADE = {function.__name__: function for function in (languages, scores, commonsense, synthesis)}
+MADE = {function.__name__: function for function in (languages, scores, commonsense)}

@@ -26,7 +26,7 @@ class Recipe:
         then: the command of fairseq that reads the checkpoint, and its options.
         without: options that are left out.
         resumes: the resumed base run is the uninterrupted one, bit for bit.
-        slow: too slow for `make test`.
+        slow: like another recipe, and left to `make test-all`.
     """
 
     name: str

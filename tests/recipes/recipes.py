@@ -7,6 +7,7 @@ from tests.recipes.recipe import TRAINS, Recipe
 from tests.recipes.speech import SPEECH
 from tests.recipes.translation import TRANSLATION
 
-__all__ = ["RECIPES", "TRAINS", "Recipe"]
+__all__ = ["ALL", "RECIPES", "TRAINS", "Recipe"]
 
-RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in [*TRANSLATION, *LANGUAGE, *SENTENCES, *SPEECH]}
+ALL = [*TRANSLATION, *LANGUAGE, *SENTENCES, *SPEECH]
+RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in ALL}

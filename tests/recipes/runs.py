@@ -109,9 +109,9 @@ def overrides(recipe: Recipe, data: Path, folder: Path, rho: float | None, mode:
     """The command line of fairseq-hydra-train: Hydra's overrides of the YAML file."""
     path = EXAMPLES.parent / recipe.source
     yaml = OmegaConf.load(path)
-    changed = [f"++{override}" for override in recipe.flags(data) if not override.startswith("hydra.")]
+    changed = [f"++{name}={value}" for name, value in HERE_HYDRA.items()]
+    changed += [f"++{override}" for override in recipe.flags(data) if not override.startswith("hydra.")]
     changed += [override for override in recipe.flags(data) if override.startswith("hydra.")]
-    changed += [f"++{name}={value}" for name, value in HERE_HYDRA.items()]
     changed += [f"++task.data={data}", f"++checkpoint.save_dir={folder}", f"hydra.run.dir={folder / 'hydra'}"]
     changed += [f"++common.user_dir={USER_DIR}"]  # the base run too: torch >= 2.6 reads no checkpoint without it
     changed += [f"++common.tensorboard_logdir={folder / 'logs'}"]
@@ -122,11 +122,13 @@ def overrides(recipe: Recipe, data: Path, folder: Path, rho: float | None, mode:
         changed += ["++checkpoint.restore_file=checkpoint_last.pt"]
     if rho is not None:
         criterion = yaml.criterion if isinstance(yaml.criterion, str) else yaml.criterion._name
-        section = f"criterion={{_name:delta_sam,base_criterion:{criterion}}}"
-        named = ["criterion._name=delta_sam", f"++criterion.base_criterion={criterion}"]
-        changed += [section] if isinstance(yaml.criterion, str) else named
-        changed += ["optimizer._name=delta_sam", f"++optimizer.base_optimizer={yaml.optimizer._name}"]
-        changed += [f"++optimizer.sam_rho={rho}", f"++optimizer.sam_perturbation={mode}"]
+        referred = ""
+        if criterion == "sentence_prediction":  # its task refers to both before the plugin is there
+            target = str(yaml.criterion.get("regression_target", False)).lower()
+            referred = f",classification_head_name:sentence_classification_head,regression_target:{target}"
+        changed += [f"+criterion={{_name:delta_sam,base_criterion:{criterion}{referred}}}"]
+        changed += [f"+optimizer={{_name:delta_sam,base_optimizer:{yaml.optimizer._name}}}"]
+        changed += [f"+optimizer.sam_rho={rho}", f"+optimizer.sam_perturbation={mode}"]
     return ["--config-dir", str(path.parent), "--config-name", path.stem, *changed]
 
 

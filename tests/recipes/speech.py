@@ -37,6 +37,7 @@ SPEECH = [
         "features",
         S2T,
         then=GENERATE,
+        slow=True,
     ),
     Recipe(
         "speech to text, CoVoST, frozen encoder",
@@ -64,15 +65,6 @@ SPEECH = [
         batch=REFUSED.format("speech_to_unit"),
         instance=REFUSED.format("speech_to_unit"),
         without=("--fp16", "--multitask-config-yaml"),
-    ),
-    Recipe(
-        "text to speech, LJSpeech",
-        "examples/speech_synthesis/docs/ljspeech_example.md",
-        "synthesis",
-        "--train-subset train --valid-subset valid",
-        "tacotron2",
-        batch=REFUSED.format("tacotron2"),
-        instance=REFUSED.format("tacotron2"),
     ),
     Recipe(
         "wav2vec",
@@ -119,7 +111,7 @@ SPEECH = [
         "audio",
         V2 + "task.label_dir={data} task.labels='[km]' model.label_rate=50 model.mask_length=3 "
         "hydra.sweep.dir=sweep distributed_training.distributed_world_size=1",
-        then="validate --batch-size 8 --task hubert_pretraining",
+        then="validate --batch-size 8 --task hubert_pretraining --labels '[\"km\"]'",
         instance=SHARED,
         resumes=False,
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +108,7 @@ def assert_read(recipe: Recipe, data: Path, run: Finished) -> None:
     """fairseq's own command reads the checkpoint and does its work."""
     if not recipe.then:
         return
-    name, *options = recipe.then.replace("{data}", str(data)).split()
+    name, *options = shlex.split(recipe.then.replace("{data}", str(data)))
     own = user_directory(recipe.flags(data), data.parent) if not recipe.hydra else USER_DIR
     common = ["--path", str(run.folder / "checkpoint_last.pt"), "--cpu", "--user-dir", str(own), "--num-workers", "0"]
     code, printed = command(name, [str(data), *common, *options], run.folder / "read.log")

@@ -18,7 +18,16 @@ TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes thr
 
 EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3"]
 
-TEST = [*EXAMPLES, "soundfile>=0.12", "transformers>=4.40,<5", "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "mypy>=1.11"]
+TEST = [
+    *EXAMPLES,
+    "soundfile>=0.12",
+    "transformers>=4.40,<5",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.6",
+    "mypy>=1.11",
+]
 
 BENCHMARKS = ["pytorch_optimizer>=3", "matplotlib>=3.8"]
 

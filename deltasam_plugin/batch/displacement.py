@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltasam_plugin.precision import at_least_float32
+
+JOINED = 2**22  # elements of tensors that are joined
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,18 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     r"""The L2 norm of all tensors together, a norm of norms.
 
     Args:
-        tensors: any shapes, dtypes and devices; consumed one at a time.
+        tensors: any shapes, dtypes and devices.
 
     Returns:
         A scalar on the first tensor's device, at least fp32; zero for no tensors or only zeros, non-finite if any
         element is.
     """
-    norms = [tensor_norm(tensor) for tensor in tensors if tensor.numel() > 0]
+    filled = [tensor for tensor in tensors if tensor.numel() > 0]
+    return norm_of_norms([tensor_norm(joined(filled[i] for i in lot)) for lot in lots(filled)])
+
+
+def norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of tensors of these norms together, on the first one's device."""
     return tensor_norm(torch.stack([norm.to(norms[0].device) for norm in norms])) if norms else torch.zeros(())
 
 
@@ -64,6 +72,38 @@ def tensor_norm(tensor: Tensor) -> Tensor:
     peak = value.abs().amax()
     unit = torch.where(peak > 0, peak, 1)
     return unit * (value / unit).square_().sum().sqrt()
+
+
+def lots(tensors: Sequence[Tensor], *more: Sequence[Any]) -> list[list[int]]:
+    """Indices of tensors that are processed together, because each kernel must be launched.
+
+    Args:
+        tensors: those of one device and dtype go together, up to a bound on the memory.
+        more: what else must be equal in a lot, one sequence for each property.
+    """
+    found: list[list[int]] = []
+    latest: dict[tuple[Any, ...], list[int]] = {}
+    sizes: dict[tuple[Any, ...], int] = {}
+    for index, (tensor, *properties) in enumerate(zip(tensors, *more, strict=True)):
+        key = tensor.device, tensor.dtype, *properties
+        if sizes.get(key, JOINED) >= JOINED:
+            latest[key], sizes[key] = [], 0
+            found.append(latest[key])
+        latest[key].append(index)
+        sizes[key] += tensor.numel()
+    return found
+
+
+def joined(tensors: Iterable[Tensor]) -> Tensor:
+    """All elements in one flat tensor, detached and dense, at least fp32."""
+    flat = [(t.to_dense() if t.is_sparse else t).detach().flatten() for t in tensors]
+    return at_least_float32(flat[0] if len(flat) == 1 else torch.cat(flat))
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors bit for bit, unseen by autograd's version check."""
+    if targets:
+        torch._foreach_copy_([target.data for target in targets], [source.detach() for source in sources])
 
 
 def dense(tensor: Tensor) -> Tensor:
@@ -90,21 +130,17 @@ def restored(
     Yields:
         The originals to displace from, one per parameter: the values at entry, or those in `rewritten`. Read only.
     """
-    copies = [p.parameter.detach().clone() for p in parameters]
-
-    def put_back() -> None:
-        for p, copy in zip(parameters, copies, strict=True):
-            p.parameter.data.copy_(copy)
-
+    tensors = [p.parameter for p in parameters]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    copy_all(copies, tensors)
+    rewritten = rewritten or [None] * len(parameters)
     try:
-        if not rewritten:
-            rewritten = [None] * len(parameters)
         yield [copy if old is None else old for copy, old in zip(copies, rewritten, strict=True)]
     finally:
         try:
-            put_back()
+            copy_all(tensors, copies)
         except BaseException:  # Ctrl-C in the middle
-            put_back()
+            copy_all(tensors, copies)
             raise
 
 
@@ -124,23 +160,38 @@ def rewound(parameters: Sequence[PerturbedParameter], rewritten: Sequence[Tensor
 
 
 def displace(
-    parameters: Sequence[PerturbedParameter], originals: Sequence[Tensor], steps: Iterable[Tensor | None], scale: Tensor
+    parameters: Sequence[PerturbedParameter],
+    originals: Sequence[Tensor],
+    steps: Sequence[Tensor | None],
+    scale: Tensor,
+    unit: Tensor | float = 1.0,
 ) -> None:
-    """Set every parameter to its original plus ``scale * step``; to be called inside :func:`restored`.
+    """Set every parameter to its original plus ``scale * (step / unit)``; to be called inside :func:`restored`.
 
     Args:
         parameters: what to move.
         originals: from :func:`restored`, one per parameter.
-        steps: one per parameter, of its shape, consumed one at a time; None moves nothing.
+        steps: one per parameter, of its shape; None moves nothing.
         scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
+        unit: scalar.
     """
     for p, original, step in zip(parameters, originals, steps, strict=True):
         if step is None:
             p.parameter.data.copy_(original)
-            continue
-        factor = scale.to(step.device)
-        moved = (original if p.master is None else p.value) + factor * dense(step)
-        p.parameter.data.copy_(torch.where(factor != 0, moved.to(original.dtype), original))
+        elif step.shape != original.shape:
+            raise RuntimeError(f"A step of shape {tuple(step.shape)} for a parameter of shape {tuple(original.shape)}.")
+    moving = [
+        (p, original, step) for p, original, step in zip(parameters, originals, steps, strict=True) if step is not None
+    ]
+    kinds = [(step.dtype, p.master is None, p.value.dtype) for p, _, step in moving]
+    for lot in lots([original for _, original, _ in moving], kinds):
+        chosen, before, steps = zip(*(moving[i] for i in lot))
+        original = torch.cat([tensor.flatten() for tensor in before])
+        value = original if chosen[0].master is None else torch.cat([p.value.flatten() for p in chosen])
+        factor, divisor = scale.to(original.device), torch.as_tensor(unit, device=original.device)
+        moved = (value + factor * (joined(steps) / divisor)).to(original.dtype)
+        parts = torch.where(factor != 0, moved, original).split([tensor.numel() for tensor in before])
+        copy_all([p.parameter for p in chosen], [part.view(old.shape) for part, old in zip(parts, before, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -184,11 +235,13 @@ def ascended(
     unit = torch.where(usable, norm, 1)
     with restored(parameters, rewritten) as originals:
         # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
-        steps = (None if g is None else dense(g) / unit.to(g.device) for g in gradients)
-        displace(parameters, originals, steps, torch.where(usable, torch.full_like(norm, rho), 0))
-        pairs = [
-            (p.parameter, old) for p, old, g in zip(parameters, originals, gradients, strict=True) if g is not None
-        ]
+        displace(parameters, originals, gradients, torch.where(usable, torch.full_like(norm, rho), 0), unit)
+        moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
         gradients.clear()
-        moved = global_norm(dense(parameter) - dense(old) for parameter, old in pairs)
+        norms = []
+        for lot in lots([originals[i] for i in moving]):
+            chosen = [moving[i] for i in lot]
+            difference = joined(parameters[i].parameter for i in chosen) - joined(originals[i] for i in chosen)
+            norms.append(tensor_norm(difference))
+        moved = norm_of_norms(norms)
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

@@ -27,14 +27,18 @@ def draw_direction(parameters: Sequence[PerturbedParameter], seed: int) -> list[
     Returns:
         u, one tensor per parameter, of its shape and device, at least fp32.
     """
-    generators: dict[torch.device, torch.Generator] = {}
-    direction = []
-    for value in (p.value for p in parameters):
-        if value.device not in generators:
-            generators[value.device] = torch.Generator(device=value.device).manual_seed(seed)
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        direction.append(torch.randn(value.shape, generator=generators[value.device], dtype=dtype, device=value.device))
-    return direction
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, p in enumerate(parameters):
+        dtype = torch.promote_types(p.value.dtype, torch.float32)
+        groups.setdefault((p.value.device, dtype), []).append(index)
+    generators = {device: torch.Generator(device).manual_seed(seed) for device, _ in groups}
+    direction: dict[int, Tensor] = {}
+    for (device, dtype), indices in groups.items():
+        values = [parameters[i].value for i in indices]
+        sizes = [value.numel() for value in values]
+        drawn = torch.randn(sum(sizes), generator=generators[device], dtype=dtype, device=device).split(sizes)
+        direction.update((i, part.view(value.shape)) for i, part, value in zip(indices, drawn, values, strict=True))
+    return [direction[index] for index in range(len(parameters))]
 
 
 def probe_losses(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, dense
+from deltasam_plugin.batch.displacement import PerturbedParameter, dense, lots
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,17 @@ class Workers:
         """The sum of all workers' ascent gradients, in at least fp32; those of a worker on its own as they are."""
         if self.group is None:
             return gradients
-        total: list[Tensor | None] = []
-        reached = self.any_of([gradient is not None for gradient in gradients])
-        for gradient, p, is_reached in zip(gradients, parameters, reached, strict=True):
-            if not is_reached:
-                total.append(None)
-                continue
-            own = torch.zeros_like(dense(p.parameter)) if gradient is None else dense(gradient).clone()
-            dist.all_reduce(own, group=self.group)
-            total.append(own)
+        total: list[Tensor | None] = [None] * len(gradients)
+        reached = [i for i, is_reached in enumerate(self.any_of([g is not None for g in gradients])) if is_reached]
+        own = []
+        for i in reached:
+            gradient = gradients[i]
+            own.append(torch.zeros_like(dense(parameters[i].parameter)) if gradient is None else dense(gradient))
+        for lot in lots(own):
+            flat = torch.cat([own[i].flatten() for i in lot])
+            dist.all_reduce(flat, group=self.group)
+            for i, part in zip(lot, flat.split([own[i].numel() for i in lot]), strict=True):
+                total[reached[i]] = part.view(own[i].shape)
         return total
 
 

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deltasam_plugin.batch import displacement
 from deltasam_plugin.batch.displacement import (
     PerturbedParameter,
     ascended,
@@ -189,15 +191,73 @@ def test_an_ascent_is_undone_bit_for_bit(drawn, fails):
     assert bits(parameters) == before
 
 
-def test_an_ascent_that_fails_half_way_is_undone():
-    parameters = [parameter([1.0, 2.0]), parameter([3.0, 4.0])]
+def test_an_ascent_that_fails_half_way_is_undone(monkeypatch):
+    parameters = [parameter([1.0, 2.0]), parameter([3.0, 4.0], torch.float64)]
     before = bits(parameters)
+    gradients = [torch.ones(2), torch.ones(2, dtype=torch.float64)]
+    real = displacement.copy_all
+    moves = []
+
+    def failing(targets, sources):
+        real(targets, sources)
+        moves.append(bits(parameters) == before)
+        if len(moves) == 3:  # the copies, the parameters of single precision, those of double precision
+            raise MemoryError
+
+    monkeypatch.setattr(displacement, "copy_all", failing)
     with (
-        pytest.raises(RuntimeError, match="must match the size"),
-        ascended([PerturbedParameter(weight) for weight in parameters], [torch.ones(2), torch.ones(3)], 1.0),
+        pytest.raises(MemoryError),
+        ascended([PerturbedParameter(weight) for weight in parameters], gradients, 1.0),
     ):
-        pytest.fail("a gradient of the wrong shape was accepted")
+        pytest.fail("it went on")
+    assert moves == [True, False, False, True]
     assert bits(parameters) == before
+
+
+def test_a_step_of_another_shape_is_refused():
+    with (
+        pytest.raises(RuntimeError, match=r"A step of shape \(3,\) for a parameter of shape \(2,\)"),
+        ascended([PerturbedParameter(parameter([1.0, 2.0]))], [torch.ones(3)], 1.0),
+    ):
+        pytest.fail("it was accepted")
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that a device would launch a kernel for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name not in ("detach", "view", "split", "split_with_sizes", "empty_like", "_unsafe_view", "alias")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_number_of_kernels_does_not_depend_on_the_number_of_parameters(dtype):
+    counts = []
+    for number in (10, 100):
+        parameters = [parameter(torch.linspace(-1, 1, 12).view(3, 4), dtype) for _ in range(number)]
+        perturbed = [PerturbedParameter(p, p.detach().float() if dtype == torch.float16 else None) for p in parameters]
+        gradients = [torch.ones(3, 4, dtype=dtype) for _ in parameters]
+        before = bits(parameters)
+        with Kernels() as kernels, ascended(perturbed, gradients, 0.5):
+            pass
+        assert bits(parameters) == before
+        counts.append(kernels.count)
+    assert counts[0] == counts[1] < 100
+
+
+def test_more_elements_than_are_joined_move_as_few_do(monkeypatch):
+    moved = []
+    for size in (displacement.JOINED, 5):
+        monkeypatch.setattr(displacement, "JOINED", size)
+        parameters = [parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(4)]
+        gradients = [torch.linspace(k, 5, 12).view(3, 4) for k in range(4)]
+        with ascended([*map(PerturbedParameter, parameters)], gradients, 0.5) as ascent:
+            moved.append(torch.stack([p.detach().clone() for p in parameters]))
+            assert ascent.moved.item() == pytest.approx(0.5, rel=1e-6)
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=0)
 
 
 def test_a_graph_that_is_alive_does_not_notice():

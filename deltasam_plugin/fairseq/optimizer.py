@@ -1,8 +1,8 @@
 """fairseq's ``--optimizer delta_sam``: the base optimizer itself, with the settings of δ-SAM attached.
 
-The sharpness-aware gradient comes from the criterion (see ``gradient``), so the optimizer has nothing to do but to be
-the base optimizer. The object that fairseq gets is an instance of the base's class under the base's own name: its
-checkpoints continue runs of the base optimizer, and the other way round.
+The criterion computes the sharpness-aware gradient (see :mod:`deltasam_plugin.loss`), and the base optimizer takes the
+step. fairseq gets an instance of the base's class, under the base's own name. So a checkpoint of δ-SAM continues a run
+of the base optimizer, and the other way round.
 """
 
 import logging
@@ -66,7 +66,7 @@ _latest: "weakref.ref[SharpnessAwareOptimizer] | None" = None
 
 
 def active_optimizer() -> "SharpnessAwareOptimizer":
-    """The δ-SAM optimizer of this process, the one that was built last.
+    """The δ-SAM optimizer of this process: the one built last.
 
     Raises:
         RuntimeError: there is none.
@@ -81,7 +81,7 @@ def active_optimizer() -> "SharpnessAwareOptimizer":
 
 
 class SharpnessAwareOptimizer(FairseqOptimizer):
-    """Mixed into the class of the base optimizer by :func:`sharpness_aware`: settings, and whose masters they are."""
+    """Mixed into the class of the base optimizer by :func:`sharpness_aware`: settings and perturbed parameters."""
 
     settings: Settings
     _given: list[Tensor]
@@ -89,14 +89,14 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     _engines: dict[tuple[nn.Module, ...], InstanceEngine]
 
     def weights(self, *modules: nn.Module) -> list[PerturbedParameter]:
-        """The parameters of `modules` that are trained, each with the optimizer's fp32 copy of it where there is one.
+        """The trained parameters of `modules`, each with the optimizer's fp32 copy of it if there is one.
 
         Args:
-            modules: model and criterion, in the order in which fairseq's trainer collects their parameters; or the part
-                of the model that a multilingual task trains on the batch.
+            modules: model and criterion, in the order in which fairseq's trainer collects their parameters.
+                Multilingual tasks pass a part of the model.
 
         Raises:
-            RuntimeError: the optimizer holds something else than these parameters or copies of them.
+            RuntimeError: the optimizer holds neither these parameters nor copies of them.
         """
         if modules not in self._weights:
             parameters = [p for p in chain(*(module.parameters() for module in modules)) if p.requires_grad]
@@ -135,7 +135,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
 
 def rewritten_parameters(module: nn.Module) -> list[Tensor]:
-    """The parameters that fairseq's quantization noise (``quant_noise``) replaces in every forward pass."""
+    """The parameters that fairseq's quantization noise (``quant_noise``) overwrites in every forward pass."""
     return [
         layer.get_parameter("weight")
         for layer in module.modules()
@@ -145,16 +145,16 @@ def rewritten_parameters(module: nn.Module) -> list[Tensor]:
 
 
 def fast_path_copies(module: nn.Module) -> list[Tensor]:
-    """The copies of an encoder layer's weights that fairseq 0.12.2 keeps for fast inference.
+    """The copies of an encoder layer's parameters that fairseq 0.12.2 keeps for fast inference.
 
-    No loss in training depends on them, but they are trainable: zero until a checkpoint is loaded, then as large as the
-    weights themselves. Counted with the weights, they would make a resumed run another run.
+    They are trainable, but no training loss depends on them. They are zero until a checkpoint is loaded, and then as
+    large as the parameters. If they were perturbed, a resumed run would differ from the uninterrupted one.
     """
     return [p for layer in module.modules() if hasattr(layer, "BT_version") for p in layer.parameters(recurse=False)]
 
 
 def warn_of_half_precision(weights: Sequence[PerturbedParameter], settings: Settings) -> None:
-    """Say in numbers what half precision costs: perturbations below the weights' spacing, probes below rounding."""
+    """Warn in numbers: in half precision perturbations fall below the spacing of numbers, and probes below rounding."""
     parameters = [weight.parameter for weight in weights]
     with observed_dtypes(parameters) as dtypes:
         dtype = coarsest(dtypes)
@@ -164,32 +164,32 @@ def warn_of_half_precision(weights: Sequence[PerturbedParameter], settings: Sett
     if settings.weighting == "curvature":
         logger.warning(
             f"δ-SAM: in {name} a curvature probe sees nothing below {ROUNDING_FACTOR * eps:.1%} of a sample's loss, "
-            "the rounding floor. A batch in which no sample rises above it gets uniform weights, and sam_ess is 1. A "
-            "larger --sam-probe-scale raises the signal; --sam-weighting uniform saves the probes."
+            "the rounding floor. A batch whose samples are all below it gets uniform weights, and sam_ess is 1. A "
+            "larger --sam-probe-scale raises the signal. --sam-weighting uniform saves the probes."
         )
     without_master = [w.parameter for w in weights if w.master is None and w.parameter.dtype == dtype]
     if without_master:
         step, size, distance = spacing(without_master, settings.rho)
         logger.warning(
             f"δ-SAM: in {name} without fp32 master weights a perturbation of rho={settings.rho} is {step:.1e} per "
-            f"weight, the weights' own spacing about {distance:.1e} (at their root mean square, {size:.1e}). What is "
-            f"lost to rounding shows in sam_eps_norm, which should be {settings.rho}. Use --fp16 without "
-            "--memory-efficient-fp16, or --amp, to keep it."
+            f"parameter, and the spacing of numbers is about {distance:.1e} (at their root mean square, {size:.1e}). "
+            f"sam_eps_norm shows what rounding loses: it should be {settings.rho}. To lose nothing, use --fp16 "
+            "without --memory-efficient-fp16, or --amp."
         )
 
 
 def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor | None]:
-    """Match the model's parameters with what the optimizer was given.
+    """Match the model's parameters with the tensors that the optimizer was given.
 
     Args:
         parameters: of the model, in fairseq's order, each once.
-        given: the same tensors (and others), or a copy of each in the same order, or all of them flattened into one.
+        given: the same tensors and perhaps others; or a copy of each in the same order; or one flat copy of all.
 
     Returns:
-        One fp32 copy per parameter, None where there is none; views where the optimizer has one flattened copy.
+        The fp32 copy of each parameter (a view if there is one flat copy), or None if there is no copy.
 
     Raises:
-        RuntimeError: neither of these.
+        RuntimeError: `given` is none of these.
     """
     if {id(p) for p in parameters} <= {id(p) for p in given}:
         return [None] * len(parameters)
@@ -202,22 +202,22 @@ def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[
         f"The optimizer holds {len(given)} tensors with {sum(p.numel() for p in given)} elements, the model and "
         f"criterion {len(parameters)} trainable ones with {sum(p.numel() for p in parameters)}. δ-SAM must find every "
         "parameter whole in this process, and the fp32 copy of each if there are any. Use --ddp-backend legacy_ddp or "
-        "pytorch_ddp without sharding; and for a task that trains a part of the model at a time (multilingual ones) "
+        "pytorch_ddp without sharding. For a task that trains a part of the model at a time (multilingual ones) use "
         "--amp instead of --fp16."
     )
 
 
 def sharpness_aware(base: type[FairseqOptimizer]) -> type[SharpnessAwareOptimizer]:
-    """The class of the base optimizer, under its own name, with δ-SAM's settings.
+    """A subclass of the base optimizer with δ-SAM's settings.
 
-    The name is the base's because fairseq compares it with the one in a checkpoint.
+    It keeps the base's name, which fairseq compares with the one in a checkpoint.
     """
     return type(base.__name__, (SharpnessAwareOptimizer, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 @register_optimizer(NAME, dataclass=DeltaSAMOptimizerConfig)
 class FairseqDeltaSAM(FairseqOptimizer):
-    """What fairseq's registry knows; :meth:`build_optimizer` returns the base optimizer with settings."""
+    """The entry in fairseq's registry. :meth:`build_optimizer` returns the base optimizer with settings."""
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Misuse is refused at start-up or at the first batch, by value, rule and remedy."""
+"""Misuse is refused at start-up or at the first batch. The message names value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from omegaconf import OmegaConf
 
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, per_sample_losses
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from tests.helpers.runs import ADAM, TRANSLATION, base, delta, fairseq_train
+from tests.helpers.runs import ADAM, SMOOTHED, TRANSLATION, base, delta, fairseq_train
 
-SMOOTHED = "label_smoothed_cross_entropy"
 ERRORS: dict[str, tuple[list[object], str]] = {
     "optimizer alone": (
         ["--optimizer", "delta_sam", "--criterion", SMOOTHED],
@@ -24,7 +23,7 @@ ERRORS: dict[str, tuple[list[object], str]] = {
         "Criterion 'delta_sam' with optimizer 'adam': its gradient is computed for 'delta_sam'. "
         "Use --optimizer delta_sam --base-optimizer adam.",
     ),
-    "no adaptor": (
+    "no per-sample losses": (
         delta("tacotron2"),
         "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses: its terms are means over all frames of "
         "the batch. Choose one of: adaptive_loss, cross_entropy, ctc, ",
@@ -80,7 +79,7 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     "scalar quantization": (
         [*delta(), "--quant-noise-scalar", 0.5],
         "Invalid quant_noise_scalar=0.5 (--quant-noise-scalar): every forward pass would count as an update, and "
-        "probes would set the scales. Leave it out, or use --quant-noise-pq.",
+        "probes would change the scales. Leave it out, or use --quant-noise-pq.",
     ),
     "unknown perturbation": (
         [*delta(), "--sam-perturbation", "layer"],
@@ -102,7 +101,7 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
     [
         ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--"),
         ("distributed_training", "pipeline_model_parallel", True, "Invalid pipeline_model_parallel=True (--pipeline-"),
-        ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot on a TPU."),
+        ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot do on a TPU."),
         (
             "common",
             "model_parallel_size",
@@ -116,20 +115,19 @@ def test_what_this_machine_cannot_start_is_refused(section: str, option: str, va
         refuse_unsupported(OmegaConf.create({section: {option: value}}))
 
 
-def test_adaptor_that_does_not_sum_to_the_loss(
+def test_per_sample_losses_that_do_not_sum_to_the_loss(
     translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mean instead of a sum, the likely mistake, is found at the first batch."""
+    """The likely mistake is a mean instead of a sum. The first batch finds it."""
     right = PER_SAMPLE_LOSSES["cross_entropy"]
     monkeypatch.setitem(PER_SAMPLE_LOSSES, "cross_entropy", lambda *arguments: right(*arguments) / 7)
-    with pytest.raises(RuntimeError, match="The adaptor of criterion 'cross_entropy' gives per-sample losses that sum"):
+    with pytest.raises(RuntimeError, match="The per-sample losses of criterion 'cross_entropy' sum to"):
         fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
 
 
-def test_adaptor_for_a_criterion_that_has_one() -> None:
+def test_a_second_per_sample_loss_function_for_a_criterion() -> None:
     with pytest.raises(
-        ValueError,
-        match=r"Criterion 'cross_entropy' has .* already, in deltasam_plugin\.fairseq\.criterions\.tokens\.",
+        ValueError, match=r"'cross_entropy' already has .* in deltasam_plugin\.fairseq\.criterions\.tokens"
     ):
         per_sample_losses("cross_entropy")(lambda *arguments: None)
 

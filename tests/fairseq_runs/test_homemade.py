@@ -1,4 +1,4 @@
-"""Models, criterions and tasks that are built otherwise than most."""
+"""Unusual models, criterions and tasks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_radius_zero_is_the_base_run(translation_data: Path, tmp_path: Path, opt
 
 @pytest.mark.parametrize("options", [HOMEMADE, MULTILINGUAL], ids=["names in common", "several language pairs"])
 def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path, options: list[object]) -> None:
-    """Whatever weights there are, the model's and the criterion's, are perturbed."""
+    """The parameters of the model and of the criterion are perturbed."""
     changed = delta(homemade.CRITERION if options is HOMEMADE else SMOOTHED, optimizer="sgd")
     options = [*options, *changed, "--batch-size", 1, "--lr", 0.02]
     assert_batches_of_one_are_sam(
@@ -51,6 +51,6 @@ def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path, options:
 
 
 def test_a_part_of_the_model_at_a_time_in_half_precision_is_refused(translation_data: Path, tmp_path: Path) -> None:
-    """Which fp32 copies belong to the part cannot be told."""
-    with pytest.raises(RuntimeError, match=r"for a task that trains a part of the model at a time .* --amp instead"):
+    """Nothing tells which fp32 copies belong to the part."""
+    with pytest.raises(RuntimeError, match=r"For a task that trains a part of the model at a time .* --amp instead"):
         fairseq_train(translation_data, tmp_path, *MULTILINGUAL, *ADAM, *delta(), *HALF)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.fairseq_runs.test_criterions import ADAPTOR, CRITERION, user_directory
+from tests.fairseq_runs.test_criterions import CRITERION, LOSSES, user_directory
 from tests.helpers.runs import USER_DIR, distance
 
 EXAMPLE = USER_DIR.parent / "examples" / "hydra"
@@ -44,7 +44,7 @@ def test_the_examples_yaml(translation_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> None:
-    """Which exists in YAML only: radius 0 is its own run, another radius is not."""
+    """It exists in YAML only. Radius zero is its own run, another radius is not."""
     group = {
         "lr_float": 0.01,
         "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
@@ -75,8 +75,8 @@ def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_user_directory_that_imports_the_plugin_last(translation_data: Path, tmp_path: Path) -> None:
-    """Whose criterion has options of its own: they are options of δ-SAM's, too."""
-    mine = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + ADAPTOR})
+    """The options of its criterion are options of δ-SAM too."""
+    mine = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + LOSSES})
     overrides = [f"task.data={translation_data}", f"common.user_dir={mine}", "common.cpu=true"]
     overrides += ["optimization.max_update=2", "dataset.max_tokens=300", "dataset.num_workers=0"]
     overrides += [

@@ -1,4 +1,4 @@
-"""Half precision: where the perturbation comes from, what becomes of it, and what overflow does."""
+"""Half precision: masters, rounding and overflow."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ def test_memory_efficient_mode_says_what_it_loses(
     with caplog.at_level(logging.WARNING, logger="deltasam_plugin"):
         fairseq_train(translation_data, tmp_path, *options, *delta(), updates=2)
     (warning,) = [record.message for record in caplog.records if "without fp32 master weights" in record.message]
-    assert "a perturbation of rho=0.05 is 1.3e-04 per weight, the weights' own spacing about" in warning
-    assert "Use --fp16 without --memory-efficient-fp16, or --amp, to keep it." in warning
+    assert "a perturbation of rho=0.05 is 1.3e-04 per parameter, and the spacing of numbers is about" in warning
+    assert "To lose nothing, use --fp16 without --memory-efficient-fp16, or --amp." in warning
 
 
 def test_probes_in_half_precision_do_not_pose_as_curvature(

@@ -1,4 +1,4 @@
-"""Two real processes over gloo through fairseq-train."""
+"""fairseq-train in two real processes over gloo."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def losses(criterion, model, sample, net_output):
 
 
 class Runs:
-    """fairseq-train in one or several processes on the same data, with a criterion that keeps notes."""
+    """fairseq-train in one or several processes, with a criterion that records the weights."""
 
     def __init__(self, root: Path, data: Path) -> None:
         self.root, self.data = root, data
@@ -51,7 +51,7 @@ class Runs:
         (root / "spying" / "__init__.py").write_text(SPYING_USER_DIR)
 
     def train(self, name: str, *options: object, workers: int) -> dict[str, Any]:
-        """The last checkpoint; and beside it what each worker's criterion saw, in ``notes``: w, w + ε, w, w + ε, …"""
+        """The last checkpoint, and in ``notes`` the weights that each worker saw: w, w + ε, w, w + ε, …"""
         folder = self.root / name
         folder.mkdir()
         with socket.socket() as server:
@@ -83,7 +83,7 @@ def runs(translation_data: Path, tmp_path: Path) -> Runs:
 
 
 def test_workers_stay_identical_and_perturb_each_for_itself(runs: Runs) -> None:
-    """m-sharpness: 50 updates on, all weights are the same bit for bit, all perturbations different."""
+    """m-sharpness: for 50 updates the weights agree bit for bit, and the perturbations differ."""
     final = runs.train("two", *ADAM, "--lr", 0.005, "--batch-size", 8, "--max-update", 51, workers=2)
     first, second = final["notes"]
     assert len(first) == 2 * 51
@@ -94,7 +94,7 @@ def test_workers_stay_identical_and_perturb_each_for_itself(runs: Runs) -> None:
 
 
 def test_two_workers_are_two_micro_batches(runs: Runs) -> None:
-    """Seven batches an epoch: one worker gets a dummy for the eighth, which must change nothing."""
+    """Seven batches an epoch: one worker gets a dummy batch as the eighth, which changes nothing."""
     options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--batch-size", 24]
     options += ["--max-update", 8]
     two = runs.train("two", *options, workers=2)

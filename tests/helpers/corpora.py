@@ -1,4 +1,4 @@
-"""Small real data for every kind of criterion, from text to audio, and a training command for each criterion."""
+"""Small real data, from text to audio, and a training command for each criterion."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def sentences(folder: Path) -> None:
 
 
 def ranked(folder: Path) -> None:
-    """Questions with two answers, of which one is right."""
+    """Questions with one right and one wrong answer."""
     for split, count, seed in (("train", 96, 4), ("valid", 16, 5)):
         draw = random.Random(seed)
         rows = [[draw.choices(WORDS, k=draw.randint(3, 9)) for _ in range(3)] for _ in range(count)]
@@ -105,7 +105,7 @@ def _write_letters(path: Path) -> None:
 
 
 def features(folder: Path) -> None:
-    """Filter-bank features of eight channels, with transcripts in letters."""
+    """Filter-bank features of eight channels, with transcripts by letters."""
     data = folder / "data"
     data.mkdir()
     (data / "config.yaml").write_text("vocab_filename: dict.txt\ninput_feat_per_channel: 8\ninput_channels: 1\n")
@@ -122,7 +122,7 @@ def features(folder: Path) -> None:
 
 
 def audio(folder: Path) -> None:
-    """Tones in noise as wav files, with transcripts in letters and with one unit for every 20 milliseconds."""
+    """Tones in noise as wav files, with transcripts by letters and one unit for every 20 milliseconds."""
     data = folder / "data"
     data.mkdir()
     _write_letters(data / "dict.ltr.txt")
@@ -155,7 +155,7 @@ class Recipe:
     Attributes:
         criterion: name in fairseq.
         corpus: name of its data.
-        options: the command line; a relative path is one in the data folder.
+        options: the command line. Paths are relative to the data folder.
     """
 
     criterion: str
@@ -253,6 +253,7 @@ RECIPES: dict[str, Recipe] = {
     "nat_loss insertion": Recipe(
         "nat_loss", "aligned", [*NAT, "--arch", "insertion_transformer", "--noise", "random_delete"]
     ),
+    "sentence_prediction": Recipe("sentence_prediction", "sentences", [*SENTENCES, "--num-classes", 2]),
     "sentence_prediction_adapters": Recipe("sentence_prediction_adapters", "sentences", ADAPTERS),
     "regularized": Recipe(
         "sentence_prediction",

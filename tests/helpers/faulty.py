@@ -1,4 +1,4 @@
-"""A criterion as a user would write it, that fails on demand: registered, with its adaptor, by importing this file."""
+"""A criterion as a user would write it, that fails on demand. Importing this file registers it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PASSES = {
 
 @dataclass
 class Plan:
-    """When to fail: in which batch's which pass, and how; counts the training passes as they come."""
+    """When to fail, by batch and pass, and how. Counts the training passes."""
 
     batch: int = -1
     where: str = "ascent"
@@ -38,7 +38,7 @@ class Plan:
     armed: bool = False
 
     def due(self) -> bool:
-        """Called once per training pass; is this the one?"""
+        """Whether this training pass fails; called once for each."""
         call, self.calls = self.calls, self.calls + 1
         return call == self.batch * 4 + PASSES[self.where]
 
@@ -48,14 +48,14 @@ plan = Plan()
 
 @register_criterion(NAME, dataclass=LabelSmoothedCrossEntropyCriterionConfig)
 class FaultyCriterion(LabelSmoothedCrossEntropyCriterion):
-    """Label-smoothed cross-entropy that fails by plan; without an error in the plan it gives a NaN loss."""
+    """Label-smoothed cross-entropy that fails by plan. Without an error in the plan its loss is NaN."""
 
     def forward(self, model: Any, sample: Any, reduce: bool = True) -> tuple[Any, Any, Any]:
         loss, sample_size, logging_output = super().forward(model, sample, reduce)
         if not self.training or not plan.due():
             return loss, sample_size, logging_output
         if plan.error is None:
-            plan.poisoned = not plan.where.startswith("second")  # the adaptor runs in the first pass alone
+            plan.poisoned = not plan.where.startswith("second")  # per-sample losses are computed in the first pass only
             return loss * torch.nan, sample_size, logging_output
         if plan.where == "ascent backward":
             plan.armed = True

@@ -1,4 +1,4 @@
-"""Things of a user's own that are easy to get wrong: a model inside a model, and a criterion with weights."""
+"""A model inside a model, and a criterion with parameters, as users write them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
 
 @register_model(MODEL)
 class Wrapping(BaseFairseqModel):
-    """A Transformer called ``module``, as in a distributed wrapper, with a layer of its own behind it.
+    """A Transformer called ``module``, as in a distributed wrapper, and a layer after it.
 
-    Its random numbers are Python's and numpy's.
+    It draws random numbers from Python and numpy.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ register_model_architecture(MODEL, MODEL)(tiny_architecture)
 
 @register_criterion(CRITERION, dataclass=LabelSmoothedCrossEntropyCriterionConfig)
 class NormalizingCriterion(LabelSmoothedCrossEntropyCriterion):
-    """Label-smoothed cross-entropy with a layer of its own, which has the same name as the model's."""
+    """Label-smoothed cross-entropy with a layer that has the same name as the model's."""
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> NormalizingCriterion:

@@ -32,7 +32,7 @@ def _ranked(criterion: Any, model: Any, sample: Any, *candidates: Any) -> Tensor
     if criterion.prediction_h is not None:
         raise ValueError(
             f"Invalid save_predictions={criterion.prediction_h.name!r} (--save-predictions): in training every pass of "
-            "δ-SAM would write its predictions there. Remove it, and use it with fairseq-validate."
+            "δ-SAM would write its predictions there. Remove the option, and give it to fairseq-validate instead."
         )
     logits = torch.cat([scores for scores, _ in candidates], dim=1)
     targets = model.get_targets(sample, [logits]).view(-1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import models, tasks
 from fairseq.data import Dictionary
@@ -45,9 +46,12 @@ def showing_base_names(build: Callable[..., Any]) -> Callable[..., Any]:
 def allow_checkpoints() -> None:
     """Let fairseq read its own checkpoints under torch >= 2.6.
 
-    There ``torch.load`` only builds objects of listed classes. fairseq's checkpoints may hold two more:
-    ``argparse.Namespace`` (configurations of components that still use argparse) and ``fairseq.data.Dictionary`` (the
-    state of tasks that train on audio with labels). Both only hold attributes, so that ``torch.load`` stays safe.
+    There ``torch.load`` only builds objects of listed classes. fairseq's checkpoints may hold others:
+    ``argparse.Namespace`` (configurations of components that still use argparse), ``fairseq.data.Dictionary`` (the
+    state of tasks that train on audio with labels), and arrays and numbers of numpy (metrics, such as the counts of
+    BLEU). They only hold data, so that ``torch.load`` stays safe.
     """
     if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([Namespace, Dictionary])
+        rebuild: list[Any] = [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]
+        types = [type(np.dtype(name)) for name in ("int32", "int64", "float32", "float64")]
+        torch.serialization.add_safe_globals([Namespace, Dictionary, np.ndarray, np.dtype, *types, *rebuild])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltasam_plugin.fairseq.config import NAME, BaseOptions
 from deltasam_plugin.fairseq.criterions.registry import (
     PerSampleLosses,
-    check_sum,
+    check,
     objective_of,
     per_sample_losses_of,
     recorded_outputs,
@@ -75,7 +75,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
             found, result = objective(inner)
             results[:] = [result]  # probes run this too, but the ascent forward comes last
             if not self._checked:
-                check_sum(self._base_name, found)
+                check(self._base_name, found, sample)
                 self._checked = True
             return found
 
@@ -88,9 +88,11 @@ class SharpnessAwareCriterion(FairseqCriterion):
                 return objective(model)[0].losses.sum()
             return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
-        devices = {weight.parameter.device for weight in optimizer.weights(inner, self)}
-        perturbation = optimizer.perturbation(inner, self)
-        loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
+        with optimizer.forward_pass():
+            devices = {item.parameter.device for item in optimizer.parameters.of(inner, self)}
+            perturbation = optimizer.perturbation(inner, self)
+            loss, statistics = sharpness_aware_loss(first, second, perturbation, devices)
+        loss.register_hook(optimizer.backward_begins)
         sample_size, logging_output = results[0]
         for item in fields(Statistics):
             logging_output[f"sam_{item.name}"] = getattr(statistics, item.name)

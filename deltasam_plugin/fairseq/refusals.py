@@ -19,6 +19,8 @@ REFUSED: list[tuple[str, str, str | int, str]] = [
     ("common", "tpu", 0, "δ-SAM replays random numbers, which it cannot do on a TPU. Leave it out. (--bf16 on the "
      "command line implies it. In fairseq-hydra-train common.bf16 does not.)"),
     ("common", "model_parallel_size", 1, f"{WHOLE}. Leave it out."),
+    ("task", "_name", "multilingual_translation_latent_depth", "it adds loss terms outside the criterion, "
+     "where δ-SAM does not see them. Use another task, or train without δ-SAM."),
     ("model", "quant_noise_scalar", 0, "every forward pass would count as an update, and probes would change "
      "the scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip
@@ -37,7 +39,7 @@ def refuse_unsupported(root: DictConfig) -> None:
     Raises:
         ValueError: names value, rule and remedy.
     """
-    optimizer, criterion = (_name(root.get(section)) for section in ("optimizer", "criterion"))
+    optimizer, criterion = (option(root, section, "_name") for section in ("optimizer", "criterion"))
     if optimizer == NAME and criterion not in (None, NAME):
         raise ValueError(
             f"Optimizer 'delta_sam' with criterion {criterion!r}: it needs per-sample losses. "
@@ -48,30 +50,32 @@ def refuse_unsupported(root: DictConfig) -> None:
             f"Criterion 'delta_sam' with optimizer {optimizer!r}: its gradient is computed for 'delta_sam'. "
             f"Use --optimizer delta_sam --base-optimizer {optimizer}."
         )
-    for section, option, limit, reason in REFUSED:
-        found = _value(root.get(section), option)
+    for section, name, limit, reason in REFUSED:
+        found = option(root, section, name)
         if isinstance(limit, str):
             found = str(found)  # it may be an enumeration
             refused = found == limit
         else:
             refused = (found or 0) > limit
         if refused:
-            flag = "--" + option.replace("_", "-")
-            raise ValueError(f"Invalid {option}={found!r} ({flag}): {reason}")
-    if _value(root.get("optimizer"), "sam_perturbation") == "instance":
-        for option, reason in REFUSED_PER_INSTANCE.items():
-            if found := _value(root.get("model"), option):
-                flag = "--" + option.replace("_", "-")
+            name = section if name == "_name" else name
+            raise ValueError(f"Invalid {name}={found!r} ({_flag(name)}): {reason}")
+    if option(root, "optimizer", "sam_perturbation") == "instance":
+        for name, reason in REFUSED_PER_INSTANCE.items():
+            if found := option(root, "model", name):
                 raise ValueError(
-                    f"Invalid {option}={found!r} ({flag}) with --sam-perturbation instance: {reason}. "
+                    f"Invalid {name}={found!r} ({_flag(name)}) with --sam-perturbation instance: {reason}. "
                     "Leave it out, or use --sam-perturbation batch."
                 )
 
 
-def _name(section: Any) -> str | None:
-    name = section if isinstance(section, str) else getattr(section, "_name", None)
-    return None if name is None else str(name)
+def option(root: DictConfig, section: str, name: str) -> Any:
+    """The value of an option, or None if section or option are absent. ``_name`` is the name of the component."""
+    content = root.get(section)
+    if name == "_name" and isinstance(content, str):
+        return content
+    return getattr(content, name, None)  # a DictConfig's get() raises for options that it does not have
 
 
-def _value(section: Any, option: str) -> Any:
-    return getattr(section, option, None)  # a DictConfig's get() raises for options it does not have
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

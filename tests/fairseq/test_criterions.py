@@ -19,7 +19,7 @@ from deltasam_plugin.fairseq.criterions.registry import (
     CALLS,
     PER_SAMPLE_LOSSES,
     REFUSED,
-    check_sum,
+    check,
     objective_of,
     per_sample_losses,
     per_sample_losses_of,
@@ -336,12 +336,12 @@ def test_recording_keeps_what_the_user_set(recording: str) -> None:
 
 def test_check_sees_the_shared_part() -> None:
     loss, losses, shared = torch.tensor(9.0), torch.tensor([2.0, 3.0]), torch.tensor(4.0)
-    check_sum("mine", objective_of(loss, (losses, shared)))
-    check_sum("mine", objective_of(loss.view(1), (losses, shared)))
+    check("mine", objective_of(loss, (losses, shared)), {})
+    check("mine", objective_of(loss.view(1), (losses, shared)), {})
     with pytest.raises(
         RuntimeError, match="per-sample losses of criterion 'mine' sum to 5, but the criterion's own loss is 9"
     ):
-        check_sum("mine", objective_of(loss, losses))
+        check("mine", objective_of(loss, losses), {})
 
 
 def test_corpora_are_named_after_their_makers() -> None:

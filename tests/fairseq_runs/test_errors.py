@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import fairseq
 import pytest
 from omegaconf import OmegaConf
 
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, per_sample_losses
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from tests.helpers.runs import ADAM, SMOOTHED, TRANSLATION, base, delta, fairseq_train
+from tests.helpers.corpora import corpus, small
+from tests.helpers.runs import ADAM, HALF, SMOOTHED, TRANSLATION, base, delta, fairseq_train
 
 ERRORS: dict[str, tuple[list[object], str]] = {
     "optimizer alone": (
@@ -123,6 +125,53 @@ def test_per_sample_losses_that_do_not_sum_to_the_loss(
     monkeypatch.setitem(PER_SAMPLE_LOSSES, "cross_entropy", lambda *arguments: right(*arguments) / 7)
     with pytest.raises(RuntimeError, match="The per-sample losses of criterion 'cross_entropy' sum to"):
         fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
+
+
+EXAMPLES = Path(fairseq.__file__).parent / "examples"
+LATENT: list[object] = ["--user-dir", EXAMPLES / "latent_depth" / "latent_depth_src"]
+LATENT += ["--task", "multilingual_translation_latent_depth", "--arch", "latent_multilingual_transformer"]
+LATENT += ["--lang-pairs", "src-tgt,tgt-src", "--share-encoders", "--share-decoders", "--decoder-latent-layer"]
+LATENT += [*small("encoder", "decoder"), "--sparsity-weight", 1, "--target-layers", 1]
+MOE: list[object] = ["--user-dir", EXAMPLES / "translation_moe" / "translation_moe_src", "--task", "translation_moe"]
+MOE += ["--arch", "transformer_tiny", "--method", "hMoEup", "--num-experts", 2]
+
+
+def test_one_loss_for_each_sentence(translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum alone does not tell how the losses belong to the sentences."""
+    right = PER_SAMPLE_LOSSES["cross_entropy"]
+    monkeypatch.setitem(PER_SAMPLE_LOSSES, "cross_entropy", lambda *arguments: right(*arguments).repeat(2) / 2)
+    message = "gives 32 per-sample losses for a batch of 16 sentences. Must be one loss for each sentence"
+    with pytest.raises(RuntimeError, match=message):
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
+
+
+@pytest.mark.parametrize("perturbation", ["batch", "instance"])
+def test_latent_depth(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, perturbation: str) -> None:
+    message = (
+        "Invalid task='multilingual_translation_latent_depth' (--task): it adds loss terms outside the criterion, "
+        "where δ-SAM does not see them. Use another task, or train without δ-SAM."
+    )
+    data = corpus("aligned", tmp_path_factory.getbasetemp())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fairseq_train(data, tmp_path, *LATENT, *delta(), "--sam-perturbation", perturbation)
+
+
+@pytest.mark.usefixtures("cuda_is_cpu")
+@pytest.mark.parametrize(
+    "precision",
+    [[], HALF, ["--memory-efficient-fp16"], ["--amp"]],
+    ids=["fp32", "fp16", "memory-efficient-fp16", "amp"],
+)
+def test_a_task_that_does_not_call_the_criterion(translation_data: Path, tmp_path: Path, precision: list) -> None:
+    """Nothing else would tell that the base optimizer trains alone."""
+    message = (
+        "Task 'translation_moe' takes an optimizer step without a sharpness-aware gradient: its train_step does not "
+        "take the loss from criterion(model, sample). Use a task that does, or train without δ-SAM: --optimizer adam "
+        "--criterion label_smoothed_cross_entropy."
+    )
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        fairseq_train(translation_data, tmp_path, *MOE, *delta(), *precision, "--fp16-init-scale", 4)
+    assert not list(tmp_path.glob("checkpoint*.pt"))
 
 
 def test_a_second_per_sample_loss_function_for_a_criterion() -> None:

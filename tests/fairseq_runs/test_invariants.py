@@ -14,7 +14,6 @@ from fairseq.logging.meters import AverageMeter
 
 from tests.helpers.runs import (
     ADAM,
-    SENTENCES,
     SMOOTHED,
     TRANSLATION,
     USER_DIR,
@@ -53,14 +52,6 @@ def test_radius_zero_is_the_base_run(translation_data: Path, tmp_path: Path, var
     assert_same_model(one, other)
     assert logged(one) == logged(other)
     assert {"loss", "gnorm"} <= logged(one).keys()
-
-
-def test_radius_zero_is_the_base_run_with_scores(sentence_data: dict[str, Path], tmp_path: Path) -> None:
-    options = [*SENTENCES, *ADAM, "--classification-head-name", "animals", "--regression-target", "--num-classes", 1]
-    one = fairseq_train(sentence_data["score"], tmp_path / "base", *options, *base("sentence_prediction"))
-    other = fairseq_train(sentence_data["score"], tmp_path / "delta", *options, *delta("sentence_prediction", rho=0))
-    assert_same_model(one, other)
-    assert logged(one) == logged(other)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "nag", "adagrad", "adafactor", "adamax", "adadelta"])
@@ -145,6 +136,22 @@ def test_commands_as_a_user_types_them(translation_data: Path, tmp_path: Path) -
 
     arguments = [translation_data, "--path", save_dir / "checkpoint_last.pt", "--batch-size", 8, "--cpu", "--beam", 2]
     generated = command("fairseq-generate", *arguments, "--user-dir", USER_DIR)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.count("\nH-") == 24
+
+
+BLEU: list[object] = ["--eval-bleu", "--eval-bleu-args", '{"beam": 2}', "--eval-bleu-detok", "space"]
+BLEU += ["--best-checkpoint-metric", "bleu", "--maximize-best-checkpoint-metric"]
+
+
+def test_bleu_in_validation(translation_data: Path, tmp_path: Path) -> None:
+    """fairseq writes its counts into the checkpoint as numpy's numbers and arrays."""
+    options = [*TRANSLATION, "--encoder-normalize-before", *ADAM, *BLEU, "--save-interval-updates", 1]
+    whole = fairseq_train(translation_data, tmp_path / "whole", *options, *delta(), updates=4)
+    fairseq_train(translation_data, tmp_path / "parts", *options, *delta(), updates=2)
+    assert_same_model(whole, fairseq_train(translation_data, tmp_path / "parts", *options, *delta(), updates=4))
+    path = ["--path", tmp_path / "parts" / "checkpoint_best.pt", "--user-dir", USER_DIR]
+    generated = command("fairseq-generate", translation_data, *path, "--batch-size", 8, "--cpu", "--beam", 2)
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.count("\nH-") == 24
 

@@ -24,6 +24,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 import torch
 from deltasam_plugin import per_sample_losses
 
+torch.cuda.ByteTensor = torch.ByteTensor  # fairseq gathers objects through CUDA even on a CPU
+torch.Tensor.pin_memory = lambda tensor: tensor
+
 @register_criterion("spying_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig)
 class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
     def forward(self, model, sample, reduce=True):
@@ -33,7 +36,14 @@ class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
                 digest.update(parameter.detach().numpy().tobytes())
             with open(os.environ["SPY"], "a") as notes:
                 notes.write(digest.hexdigest() + "\\n")
+            calls = len(open(os.environ["SPY"]).readlines())
+            if os.environ["SPY"].endswith("notes1") and os.environ.get("MEMORY_ENDS_AT") == str(calls):
+                raise RuntimeError("out of memory (simulated)")
         return super().forward(model, sample, reduce)
+
+    @staticmethod
+    def logging_outputs_can_be_summed():
+        return "MEMORY_ENDS_AT" not in os.environ  # a sum would need an output of every worker
 
 @per_sample_losses("spying_label_smoothed_cross_entropy")
 def losses(criterion, model, sample, net_output):
@@ -105,6 +115,19 @@ def test_two_workers_are_two_micro_batches(runs: Runs) -> None:
     for name in ("sam_sharpness", "sam_ess", "loss"):
         one, other = (scalars(final["logs"], name)[name] for final in (two, accumulated))
         assert one == pytest.approx(other, rel=0.02), name
+
+
+@pytest.mark.parametrize("call", [5, 6], ids=["ascent", "second pass"])
+def test_a_worker_that_runs_out_of_memory_takes_the_step_of_the_others(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """In the third update the second worker has no gradient of its own."""
+    monkeypatch.setenv("MEMORY_ENDS_AT", str(call))
+    options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--batch-size", 8]
+    first, second = runs.train("two", *options, "--max-update", 5, workers=2)["notes"]
+    assert second[4] == first[4]
+    assert first[6::2] == second[call::2]
+    assert len(first) == 10
 
 
 @pytest.fixture

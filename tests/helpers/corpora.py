@@ -71,6 +71,17 @@ def sentences(folder: Path) -> None:
     _binarize(folder, "class", folder / "data" / "label")
 
 
+def scores(folder: Path) -> None:
+    """Sentences with three numbers each."""
+    for split, count, seed in (("train", 120, 2), ("valid", 24, 3)):
+        write_labels(folder / split, count, seed)
+        (folder / "data" / "label").mkdir(parents=True, exist_ok=True)
+        numbers = map(float, (folder / f"{split}.score").read_text().split())
+        lines = [f"{number} {1 - number} {number**2}\n" for number in numbers]
+        (folder / "data" / "label" / f"{split}.label").write_text("".join(lines))
+    _binarize(folder, "txt", folder / "data" / "input0")
+
+
 def ranked(folder: Path) -> None:
     """Questions with one right and one wrong answer."""
     for split, count, seed in (("train", 96, 4), ("valid", 16, 5)):
@@ -144,7 +155,7 @@ def audio(folder: Path) -> None:
 
 
 CORPORA: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (aligned, text, sentences, ranked, features, audio)
+    function.__name__: function for function in (aligned, text, sentences, scores, ranked, features, audio)
 }
 
 
@@ -229,6 +240,7 @@ HUBERT += ["--labels", '["km"]', "--label-rate", RATE // FRAME, "--pred-nomask-w
 CTC: list[object] = ["--task", "audio_finetuning", "--arch", "wav2vec_ctc", "--labels", "ltr", *AUDIO]
 CTC += ["--w2v-path", Path("wav2vec2.pt"), "--apply-mask", "--mask-prob", 0.4, "--mask-length", 2, "--zero-infinity"]
 
+REGRESSION: list[object] = ["--regression-target", "--classification-head-name", "animals"]
 RDROP = "label_smoothed_cross_entropy_with_rdrop"
 RECIPES: dict[str, Recipe] = {
     "cross_entropy": Recipe("cross_entropy", "aligned", TRANSLATION),
@@ -254,6 +266,7 @@ RECIPES: dict[str, Recipe] = {
         "nat_loss", "aligned", [*NAT, "--arch", "insertion_transformer", "--noise", "random_delete"]
     ),
     "sentence_prediction": Recipe("sentence_prediction", "sentences", [*SENTENCES, "--num-classes", 2]),
+    "regression": Recipe("sentence_prediction", "scores", [*SENTENCES, "--num-classes", 3, *REGRESSION]),
     "sentence_prediction_adapters": Recipe("sentence_prediction_adapters", "sentences", ADAPTERS),
     "regularized": Recipe(
         "sentence_prediction",

@@ -1,4 +1,4 @@
-"""A model inside a model, and a criterion with parameters, as users write them."""
+"""A model inside a model, a criterion with parameters, and tasks that freeze layers, as users write them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, tiny_architecture
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor, nn
 
 from deltasam_plugin import per_sample_losses
 
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
+THAWING, FREEZING = "thawing_translation", "freezing_translation"
 
 
 @register_model(MODEL)
@@ -76,3 +79,20 @@ def normalizing_losses(criterion: Any, model: Any, sample: Any, net_output: Any)
     """As for label-smoothed cross-entropy."""
     losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return losses.view(sample["target"].size(0), -1).sum(dim=1)
+
+
+@register_task(THAWING, dataclass=TranslationConfig)
+class ThawingTask(TranslationTask):
+    """Translation with a frozen encoder in the first epoch."""
+
+    frozen_epoch = 1
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        model.encoder.requires_grad_(epoch != self.frozen_epoch)
+
+
+@register_task(FREEZING, dataclass=TranslationConfig)
+class FreezingTask(ThawingTask):
+    """Translation with a frozen encoder in the second epoch."""
+
+    frozen_epoch = 2

@@ -161,12 +161,27 @@ def objective_of(loss: Tensor, parts: Tensor | tuple[Any, ...]) -> Objective:
     return Objective(loss, *parts) if isinstance(parts, tuple) else Objective(loss, parts)
 
 
-def check_sum(name: str, objective: Objective) -> None:
-    """Check that the per-sample losses and the shared part add up to the criterion's own loss.
+def check(name: str, objective: Objective, sample: Any) -> None:
+    """Check that there is one loss for each sentence, and that they add up to the criterion's own loss.
+
+    Args:
+        name: of the criterion.
+        objective: its per-sample losses and shared part beside its own loss.
+        sample: the batch.
 
     Raises:
-        RuntimeError: they differ by more than rounding.
+        RuntimeError: there are more or fewer losses, or the sums differ by more than rounding.
     """
+    losses = objective.losses.numel()
+    # Two counts, because the task denoising gives the length of a sentence as nsentences. Some tasks give neither.
+    given = sample if isinstance(sample, dict) else {}
+    counts = [int(given["nsentences"])] if "nsentences" in given else []
+    counts += [given["id"].numel()] if torch.is_tensor(given.get("id")) else []
+    if counts and losses not in counts:
+        raise RuntimeError(
+            f"Criterion {name!r} gives {losses} per-sample losses for a batch of {counts[-1]} sentences. Must be one "
+            "loss for each sentence, summed over its tokens or targets. Fix the per-sample loss function."
+        )
     parts = [objective.losses] if objective.shared is None else [objective.losses, objective.shared]
     values = torch.cat([part.detach().double().view(-1) for part in parts])
     total, magnitude, own = values.sum().item(), values.abs().sum().item(), objective.loss.detach().item()

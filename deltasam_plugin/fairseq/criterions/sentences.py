@@ -1,4 +1,4 @@
-"""Criterions with one prediction for each sentence."""
+"""Criterions that predict a class, a rank or numbers for each sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def _classified(
     logits = net_output[0]
     targets = model.get_targets(sample, [logits]).view(-1)
     if criterion.regression_target:
-        losses = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+        errors = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+        losses = errors.view(len(logits), -1).sum(dim=1)  # a sentence may have several targets
     else:
         losses = F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="none")
     return losses, torch.stack(regularizers).sum() if regularizers else None

@@ -38,7 +38,7 @@ class Perturbations:
         self._settings = settings
         self._parameters = list(parameters.values())
         self._leaves, self._workers = leaves, workers
-        self._checks = Checks() if checks is None else checks
+        self.checks = Checks() if checks is None else checks
         self._engine: InstanceEngine | None = None
         if settings.perturbation == "instance" and settings.rho > 0:
             named = ((name, perturbed.parameter) for name, perturbed in parameters.items())
@@ -59,7 +59,7 @@ class Perturbations:
         Args:
             step: the caller's count of steps, if it has one.
         """
-        self._checks.next_batch()
+        self.checks.next_batch()
         if self._engine is not None:
-            return InstancePerturbation(self._engine, self._checks)
-        return BatchPerturbation(self._parameters, self._leaves, self._settings, step, self._workers, self._checks)
+            return InstancePerturbation(self._engine, self.checks)
+        return BatchPerturbation(self._parameters, self._leaves, self._settings, step, self._workers, self.checks)

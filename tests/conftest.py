@@ -1,4 +1,4 @@
-"""Hypothesis profiles, and small real data in fairseq's binary format, made once per session."""
+"""Hypothesis profiles, and small real data in fairseq's binary format. The data is made once per session."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import settings
 
 from tests.helpers.runs import run, write_labels, write_translation
 
-torch.set_num_threads(1)  # small models: a second thread costs more than it does, and far more on a busy machine
+torch.set_num_threads(1)  # a second thread slows small models down, above all on a busy machine
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the processes that tests start
 
 settings.register_profile("dev", deadline=None)
@@ -34,7 +34,7 @@ def translation_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sentence_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A toy corpus of sentences with classes, and the same sentences with scores; by kind of label."""
+    """A toy corpus of sentences by kind of label: ``class`` or ``score``."""
     root = tmp_path_factory.mktemp("sentences")
     write_labels(root / "train", 120, seed=2)
     write_labels(root / "valid", 24, seed=3)
@@ -57,7 +57,7 @@ def sentence_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def cuda_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where fairseq asks for CUDA although it runs on a CPU (overflow, flat gradients, --amp), it gets the CPU."""
+    """fairseq asks for CUDA even on a CPU (overflow, flat gradients, --amp). Here it gets the CPU."""
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *_: tensor)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
     monkeypatch.setattr(torch.cuda.amp, "GradScaler", partial(torch.amp.GradScaler, "cpu"))

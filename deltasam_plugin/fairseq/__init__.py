@@ -2,9 +2,9 @@
 
 
 def register() -> None:
-    """Register δ-SAM with fairseq, and let fairseq's tasks and checkpoints work with it.
+    """Register δ-SAM with fairseq, and change fairseq where its tasks and checkpoints need it.
 
-    Importing the submodules registers their components, as everywhere in fairseq.
+    Importing the submodules registers their components, as usual in fairseq. Everything else happens here.
     """
     from deltasam_plugin.fairseq import compat, criterion, optimizer
     from deltasam_plugin.fairseq.criterions import sentences, speech, tokens  # noqa: F401

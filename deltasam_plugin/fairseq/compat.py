@@ -1,10 +1,11 @@
-"""What fairseq's older tasks, models and checkpoints need beside the optimizer and the criterion."""
+"""Changes to fairseq itself, for its older tasks and models and for its checkpoints. `register()` makes them."""
 
 from argparse import Namespace
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from fairseq import models, tasks
 from fairseq.data import Dictionary
@@ -15,20 +16,20 @@ from deltasam_plugin.fairseq.config import NAME
 def show_base_names() -> None:
     """Show tasks and models the names of the base components in place of δ-SAM's.
 
-    Those that still use argparse get the whole command line, and some ask it which criterion is to come: the task
-    sentence_ranking insists on its own, the models lstm, lstm_lm and fconv_lm build an adaptive softmax only for
-    adaptive_loss. A checkpoint keeps these names too, and fairseq reads them there without the plugin.
+    Tasks and models that still use argparse get the whole command line. Some look up the criterion there: the task
+    sentence_ranking insists on its own, and the models lstm, lstm_lm and fconv_lm build an adaptive softmax for
+    adaptive_loss only. A checkpoint keeps these names too, and fairseq reads them without the plugin.
     """
     tasks.setup_task = showing_base_names(tasks.setup_task)
     models.build_model = showing_base_names(models.build_model)
 
 
 def showing_base_names(build: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, called with a command line that names the base components.
+    """Wrap a function that builds a task or a model: it sees the names of the base components.
 
     Args:
-        build: takes the configuration of a task or model as its first argument. A namespace is a whole command line,
-            and its names are changed in place. Anything else is left alone.
+        build: takes the configuration as its first argument. A namespace is a whole command line: its names are changed
+            in place. Any other configuration is left alone.
     """
 
     @wraps(build)
@@ -45,10 +46,12 @@ def showing_base_names(build: Callable[..., Any]) -> Callable[..., Any]:
 def allow_checkpoints() -> None:
     """Let fairseq read its own checkpoints under torch >= 2.6.
 
-    There ``torch.load`` builds no objects but those on a list. fairseq's checkpoints may hold two classes beyond
-    torch's own: ``argparse.Namespace`` (configurations of components that still use argparse) and
-    ``fairseq.data.Dictionary`` (the state of tasks that train on audio with labels). Both only hold attributes, so
-    allowing them does not make ``torch.load`` less safe.
+    There ``torch.load`` only builds objects of listed classes. fairseq's checkpoints may hold others:
+    ``argparse.Namespace`` (configurations of components that still use argparse), ``fairseq.data.Dictionary`` (the
+    state of tasks that train on audio with labels), and arrays and numbers of numpy (metrics, such as the counts of
+    BLEU). They only hold data, so that ``torch.load`` stays safe.
     """
     if hasattr(torch.serialization, "add_safe_globals"):
-        torch.serialization.add_safe_globals([Namespace, Dictionary])
+        rebuild: list[Any] = [value.__reduce__()[0] for value in (np.zeros(1), np.float64())]
+        types = [type(np.dtype(name)) for name in ("int32", "int64", "float32", "float64")]
+        torch.serialization.add_safe_globals([Namespace, Dictionary, np.ndarray, np.dtype, *types, *rebuild])

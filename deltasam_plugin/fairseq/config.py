@@ -1,9 +1,9 @@
-"""Options of δ-SAM beside those of the component it wraps, flat as fairseq users write them.
+"""The options of δ-SAM and of the component that it wraps, in one flat section as fairseq users write them.
 
 ``--optimizer delta_sam --base-optimizer adam --adam-betas '(0.9, 0.98)'`` must mean to adam what it meant before. So
-the configuration of δ-SAM is its own fields and, beside them, the options of every component of the registry, each with
-the default that all components agree on, or None. What differs from it was given, and goes to the chosen base, which
-fills in its own defaults. In a checkpoint this is plain data, so that fairseq reads it without the plugin.
+δ-SAM's configuration has its own fields and the options of every registered component. The default of an option is the
+one that all components agree on, else None. A value that differs from it was given by the user and goes to the chosen
+base. The base fills in its own defaults. Checkpoints hold plain data, which fairseq reads without the plugin.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ NAME = "delta_sam"
 
 
 class BaseOptions:
-    """The options of all components of one fairseq registry, as δ-SAM's configuration carries them.
+    """The options of all components of one fairseq registry, as fields of δ-SAM's configuration.
 
     Args:
         registry: ``optimizer`` or ``criterion``.
-        own: the dataclass with δ-SAM's own options, among them ``base_<registry>``.
+        own: the dataclass with δ-SAM's own options, including ``base_<registry>``.
     """
 
     def __init__(self, registry: str, own: type[FairseqDataclass]) -> None:
@@ -40,15 +40,15 @@ class BaseOptions:
 
     @property
     def components(self) -> dict[str, type]:
-        """All registered components but δ-SAM itself, by name."""
+        """All registered components except δ-SAM itself, by name."""
         return {name: cls for name, cls in REGISTRIES[self.registry]["registry"].items() if name != NAME}
 
     def dataclass_of(self, name: str) -> type[FairseqDataclass] | None:
-        """The configuration dataclass of a component; None where it still uses argparse."""
+        """The configuration dataclass of a component, or None if the component still uses argparse."""
         return REGISTRIES[self.registry]["dataclass_registry"].get(name)
 
     def options_of(self, name: str) -> dict[str, Any]:
-        """The options of a component and their defaults; None for one that is required or refers to another section."""
+        """A component's options and their defaults: None if it is required or refers to another section."""
         dataclass = self.dataclass_of(name)
         if dataclass is None:
             return {action.dest: action.default for action in _actions(self.components[name])}
@@ -61,8 +61,8 @@ class BaseOptions:
     def defaults(self) -> dict[str, Any]:
         """All options of all components, each with the default that the components agree on, else None.
 
-        Other sections may refer to them (sentence_prediction's task reads ``criterion.regression_target``), so that
-        "not given" cannot be None throughout.
+        None for every option that was not given would be simpler, but other sections may refer to options: the task
+        sentence_prediction reads ``criterion.regression_target``.
         """
         agreed: dict[str, Any] = {}
         for component in self.components:
@@ -72,7 +72,7 @@ class BaseOptions:
         return {name: agreed[name] for name in sorted(agreed) if name not in own}
 
     def config_class(self) -> type[FairseqDataclass]:
-        """δ-SAM's own options, and beside them every option of every registered component."""
+        """A dataclass with δ-SAM's own options and every option of every registered component."""
         options = [
             (name, Any, dataclasses.field(default_factory=partial(copy.copy, default)))
             for name, default in self.defaults().items()
@@ -80,7 +80,7 @@ class BaseOptions:
         return dataclasses.make_dataclass(self.own.__name__, options, bases=(self.own,))
 
     def refresh(self) -> None:
-        """Register the configuration anew, with the components that were registered meanwhile."""
+        """Register the configuration again, with the options of the components that are registered now."""
         dataclass = self.config_class()
         REGISTRIES[self.registry]["dataclass_registry"][NAME] = dataclass
         node = dataclass()
@@ -88,7 +88,7 @@ class BaseOptions:
         ConfigStore.instance().store(name=NAME, group=self.registry, node=node, provider="fairseq")
 
     def add_args(self, parser: ArgumentParser) -> None:
-        """Add all options to a command line; where the components disagree on a default, "not given" stays absent."""
+        """Add all options to a command line. Without a common default, an option that is not given stays absent."""
         self.refresh()
         defaults = self.defaults()
         gen_parser_from_dataclass(parser, self.own())
@@ -98,21 +98,21 @@ class BaseOptions:
                 default = defaults.get(action.dest)
                 action.default = SUPPRESS if default is None else default
                 action.required = False
-                with suppress(ArgumentError):  # another component, the task or the model has it: one value serves all
+                with suppress(ArgumentError):  # an option of another component, the task or the model: they share it
                     group._add_action(action)
 
     def base_config(self, cfg: DictConfig) -> tuple[str, type, DictConfig | Namespace]:
-        """What the chosen base would have been given without δ-SAM.
+        """The chosen base, and the configuration that it would have without δ-SAM.
 
         Args:
-            cfg: δ-SAM's section of the configuration, inside the whole configuration where there is one.
+            cfg: δ-SAM's section of the configuration, inside the whole configuration if there is one.
 
         Returns:
-            Name and class of the base, and its configuration: merged into its dataclass, or a flat namespace for
-            components that still use argparse.
+            Name, class and configuration of the base. The configuration is a flat namespace if the base still uses
+            argparse.
 
         Raises:
-            ValueError: no such base, an option that the base does not have, or a required one that is missing.
+            ValueError: the base does not exist, does not have a given option, or lacks a required one.
         """
         base = cfg[f"base_{self.registry}"]
         if base not in self.components:
@@ -155,7 +155,7 @@ class BaseOptions:
 
 
 def _actions(component: type) -> list[Action]:
-    """The command-line options of a component, fresh copies, not attached to any parser in use."""
+    """New copies of a component's command-line options, which belong to no parser in use."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     add_args = getattr(component, "add_args", None)
     dataclass = getattr(component, "__dataclass", None)
@@ -183,10 +183,10 @@ def _section(cfg: DictConfig, name: str) -> dict[str, Any]:
 
 
 def _options_of_section(cfg: DictConfig, name: str) -> set[str]:
-    """The options that another section of the configuration owns: a flat command line gives them to both."""
+    """The options of another section. A flat command line gives an option to every section that has it."""
     section = _root(cfg)._get_node(name)
     if isinstance(section, DictConfig):
         return set(_section(cfg, name))
-    content = _section(cfg, name)  # a namespace holds the whole command line: ask its class which part is its own
+    content = _section(cfg, name)  # a namespace holds the whole command line: only its class knows its own options
     owner = {"task": TASK_REGISTRY, "model": ARCH_MODEL_REGISTRY}.get(name, {}).get(content.get("_name"))
     return {action.dest for action in _actions(owner)} if owner is not None else set()

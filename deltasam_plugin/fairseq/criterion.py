@@ -1,7 +1,7 @@
 """fairseq's ``--criterion delta_sam``: the base criterion itself, with a sharpness-aware gradient.
 
-The object that fairseq gets is an instance of the base criterion's class under the base's own name, so that
-everything it logs, saves and validates with stays its own; only ``forward`` in training is δ-SAM's.
+fairseq gets an instance of the base criterion's class, under the base's own name. Logging, saving and validation stay
+the base's own. Only ``forward`` in training is δ-SAM's.
 """
 
 import math
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from deltasam_plugin.fairseq.config import NAME, BaseOptions
 from deltasam_plugin.fairseq.criterions.registry import (
     PerSampleLosses,
-    check_sum,
+    check,
     objective_of,
     per_sample_losses_of,
     recorded_outputs,
@@ -52,17 +52,17 @@ class SharpnessAwareCriterion(FairseqCriterion):
     _checked: bool = False
 
     def forward(self, model: nn.Module, sample: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        """As the base criterion; in training the loss carries the sharpness-aware gradient.
+        """The base criterion's forward. In training the loss has the sharpness-aware gradient.
 
         Returns:
-            The loss at w, the sample size, and the logging output of the base criterion with δ-SAM's statistics, which
-            the backward pass completes.
+            The loss at w, the sample size, and the base criterion's logging output with δ-SAM's statistics. The
+            backward pass fills in the statistics.
         """
         forward = super().forward
         if not (self.training and torch.is_grad_enabled()):
             return forward(model, sample, *args, **kwargs)
         optimizer = active_optimizer()
-        inner = unwrapped(model)  # the ascent must not trigger the gradient exchange of a distributed wrapper
+        inner = unwrapped(model)  # the ascent must not start a distributed wrapper's exchange of gradients
         results: list[tuple[Any, dict[str, Any]]] = []
 
         def objective(network: nn.Module) -> tuple[Objective, tuple[Any, dict[str, Any]]]:
@@ -76,12 +76,12 @@ class SharpnessAwareCriterion(FairseqCriterion):
             if not results:  # replays run this too; the ascent forward is the first
                 results.append(result)
             if not self._checked:
-                check_sum(self._base_name, found)
+                check(self._base_name, found, sample)
                 self._checked = True
             return found
 
-        # A criterion's own layers run twice in the first pass, for its loss and for its adaptor. Only the latter has a
-        # part in the per-sample losses, so that is where instances are perturbed.
+        # A criterion's own layers run twice in the first pass: for its loss and for the per-sample losses. Samples are
+        # perturbed in the latter, so the second pass must repeat both.
         layered = optimizer.settings.perturbation == "instance" and any(p.requires_grad for p in self.parameters())
 
         def second() -> Tensor:
@@ -89,8 +89,10 @@ class SharpnessAwareCriterion(FairseqCriterion):
                 return objective(model)[0].losses.sum()
             return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
-        perturbations = optimizer.perturbations(inner, self)
-        loss, statistics = sharpness_aware_loss(first, second, perturbations.of_batch(), perturbations.devices)
+        with optimizer.forward_pass():
+            perturbations = optimizer.perturbations(inner, self)
+            loss, statistics = sharpness_aware_loss(first, second, perturbations.of_batch(), perturbations.devices)
+        loss.register_hook(optimizer.backward_begins)
         sample_size, logging_output = results[0]
         for item in fields(Statistics):
             logging_output[f"sam_{item.name}"] = getattr(statistics, item.name)
@@ -99,9 +101,9 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
-        """What the base criterion logs, and δ-SAM's statistics (in training)."""
+        """Log the base criterion's scalars, and in training δ-SAM's."""
         own = [{key: log[key] for key in log if not key.startswith("sam_")} for log in logging_outputs]
-        super().reduce_metrics(own)  # wav2vec logs whatever it finds
+        super().reduce_metrics(own)  # without ours, because wav2vec logs every entry
         totals = {
             key: sum(log.get(key, 0) for log in logging_outputs)
             for key in [BATCHES, "sample_size", *(f"sam_{item.name}" for item in fields(Statistics))]
@@ -120,23 +122,23 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside its distributed wrappers, which are no fairseq models."""
+    """The model without its distributed wrappers, which are not fairseq models."""
     while "module" in model._modules and not isinstance(model, BaseFairseqModel):
         model = model.module  # type: ignore[assignment]
     return model
 
 
 def sharpness_aware(base: type[FairseqCriterion]) -> type[SharpnessAwareCriterion]:
-    """The class of the base criterion, under its own name, with a sharpness-aware gradient.
+    """A subclass of the base criterion with a sharpness-aware gradient.
 
-    The name is the base's because fairseq compares it with the one in a checkpoint.
+    It keeps the base's name, which fairseq compares with the one in a checkpoint.
     """
     return type(base.__name__, (SharpnessAwareCriterion, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 @register_criterion(NAME, dataclass=DeltaSAMCriterionConfig)
 class FairseqDeltaSAMCriterion(FairseqCriterion):
-    """What fairseq's registry knows; :meth:`build_criterion` returns the base criterion, sharpness-aware."""
+    """The entry in fairseq's registry. :meth:`build_criterion` returns the sharpness-aware base criterion."""
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -148,12 +150,12 @@ class FairseqDeltaSAMCriterion(FairseqCriterion):
         """Build the base criterion for `task`.
 
         Raises:
-            ValueError: the base does not exist or gives no per-sample losses, or the optimizer is not δ-SAM's.
+            ValueError: the base does not exist or has no per-sample losses, or the optimizer is not δ-SAM's.
         """
         refuse_unsupported(cfg._get_root())
         name, base, base_cfg = OPTIONS.base_config(cfg)
-        adaptor = per_sample_losses_of(name)
+        losses = per_sample_losses_of(name)
         criterion: Any = sharpness_aware(base).build_criterion(base_cfg, task)
-        criterion._per_sample_losses = adaptor
+        criterion._per_sample_losses = losses
         criterion._base_name = name
         return criterion

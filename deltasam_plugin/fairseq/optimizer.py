@@ -1,18 +1,17 @@
 """fairseq's ``--optimizer delta_sam``: the base optimizer itself, with the settings of δ-SAM attached.
 
-The sharpness-aware gradient comes from the criterion (see ``gradient``), so the optimizer has nothing to do but to be
-the base optimizer. The object that fairseq gets is an instance of the base's class under the base's own name: its
-checkpoints continue runs of the base optimizer, and the other way round.
+The criterion computes the sharpness-aware gradient (see :mod:`deltasam_plugin.loss`), and the base optimizer takes the
+step. fairseq gets an instance of the base's class, under the base's own name. So a checkpoint of δ-SAM continues a run
+of the base optimizer, and the other way round.
 """
 
-import logging
 import weakref
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_group, get_data_parallel_world_size
 from fairseq.optim import FairseqOptimizer, register_optimizer
@@ -20,15 +19,14 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.weighting import ROUNDING_FACTOR, WEIGHTINGS
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
+from deltasam_plugin.fairseq.announcements import warn_of_half_precision
 from deltasam_plugin.fairseq.config import NAME, BaseOptions
-from deltasam_plugin.fairseq.refusals import refuse_unsupported
+from deltasam_plugin.fairseq.parameters import TrainedParameters
+from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
 from deltasam_plugin.perturbations import Perturbations
-from deltasam_plugin.precision import coarsest, observed_dtypes, spacing
 from deltasam_plugin.settings import PERTURBATIONS, Settings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,7 +61,7 @@ _latest: "weakref.ref[SharpnessAwareOptimizer] | None" = None
 
 
 def active_optimizer() -> "SharpnessAwareOptimizer":
-    """The δ-SAM optimizer of this process, the one that was built last.
+    """The δ-SAM optimizer of this process: the one built last.
 
     Raises:
         RuntimeError: there is none.
@@ -77,43 +75,75 @@ def active_optimizer() -> "SharpnessAwareOptimizer":
     return optimizer
 
 
+class TrainedBy(NamedTuple):
+    """The names in fairseq of what trains the model."""
+
+    task: str | None
+    criterion: str | None
+    optimizer: str
+
+
 class SharpnessAwareOptimizer(FairseqOptimizer):
-    """Mixed into the class of the base optimizer by :func:`sharpness_aware`: settings, and whose masters they are."""
+    """Mixed into the class of the base optimizer by :func:`sharpness_aware`: settings and perturbed parameters."""
 
     settings: Settings
-    _given: list[Tensor]
-    _perturbations: dict[tuple[nn.Module, ...], Perturbations]
+    names: TrainedBy
+    parameters: TrainedParameters
+    gradient_ready: bool = False  # whether a sharpness-aware backward pass has run since the last step
+    _warned: bool = False
+    _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
 
-    def perturbations(self, model: nn.Module, criterion: nn.Module) -> Perturbations:
-        """The perturbations of model and criterion, in the order in which fairseq's trainer collects their parameters.
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """A forward pass of the criterion in training.
 
-        Args:
-            model: the model, or the part of it that a multilingual task trains on the batch.
-            criterion: its criterion.
+        If it fails, the next step needs no gradient of it: fairseq drops a batch that runs out of memory, and takes the
+        step with the gradients of the other workers.
+        """
+        try:
+            yield
+        except BaseException:
+            self.gradient_ready = True
+            raise
+
+    def backward_begins(self, gradient: Tensor) -> None:
+        """Hook on the loss."""
+        self.gradient_ready = True
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """The base optimizer's step.
 
         Raises:
-            RuntimeError: the optimizer holds something else than their trained parameters or copies of them.
+            RuntimeError: no sharpness-aware backward pass came before it.
         """
-        modules = model, criterion
-        if modules not in self._perturbations:
-            every = {
-                prefix + name: parameter
+        if not self.gradient_ready:
+            names = self.names
+            raise RuntimeError(
+                f"Task {names.task!r} takes an optimizer step without a sharpness-aware gradient: its train_step does "
+                "not take the loss from criterion(model, sample). Use a task that does, or train without δ-SAM: "
+                f"--optimizer {names.optimizer} --criterion {names.criterion}."
+            )
+        self.gradient_ready = False
+        super().step(*args, **kwargs)
+
+    def perturbations(self, *modules: nn.Module) -> Perturbations:
+        """The perturbations of model and criterion, made anew when other parameters are trained."""
+        parameters = self.parameters.of(*modules)
+        if not self._warned:
+            warn_of_half_precision(parameters, self.settings)
+            self._warned = True
+        known, perturbations = self._perturbations.get(modules, (None, None))
+        if perturbations is None or known is not parameters:
+            names = {
+                parameter: prefix + name
                 for prefix, module in zip(("", "criterion."), modules, strict=True)
                 for name, parameter in module.named_parameters()
             }
-            trained = {name: parameter for name, parameter in every.items() if parameter.requires_grad}
-            masters = pair_masters(list(trained.values()), self._given)
-            rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
-            idle = {id(p) for module in modules for p in fast_path_copies(module)}
-            perturbed = {
-                name: PerturbedParameter(p, master, id(p) in rewritten)
-                for (name, p), master in zip(trained.items(), masters, strict=True)
-                if id(p) not in idle
-            }
-            warn_of_half_precision(list(perturbed.values()), self.settings)
-            leaves = list(every.values())
-            self._perturbations[modules] = Perturbations(perturbed, self.settings, leaves, self.workers)
-        return self._perturbations[modules]
+            named = {names[item.parameter]: item for item in parameters}  # type: ignore[index]
+            checks = None if perturbations is None else perturbations.checks
+            perturbations = Perturbations(named, self.settings, list(names), self.workers, checks)
+            self._perturbations[modules] = parameters, perturbations
+        return perturbations
 
     @property
     def workers(self) -> Workers:
@@ -123,90 +153,17 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return NO_SYNC
 
 
-def rewritten_parameters(module: nn.Module) -> list[Tensor]:
-    """The parameters that fairseq's quantization noise (``quant_noise``) replaces in every forward pass."""
-    return [
-        layer.get_parameter("weight")
-        for layer in module.modules()
-        for hook in layer._forward_pre_hooks.values()
-        if getattr(hook, "__qualname__", "").startswith("quant_noise.")
-    ]
-
-
-def fast_path_copies(module: nn.Module) -> list[Tensor]:
-    """The copies of an encoder layer's weights that fairseq 0.12.2 keeps for fast inference.
-
-    No loss in training depends on them, but they are trainable: zero until a checkpoint is loaded, then as large as the
-    weights themselves. Counted with the weights, they would make a resumed run another run.
-    """
-    return [p for layer in module.modules() if hasattr(layer, "BT_version") for p in layer.parameters(recurse=False)]
-
-
-def warn_of_half_precision(perturbed: Sequence[PerturbedParameter], settings: Settings) -> None:
-    """Say in numbers what half precision costs: perturbations below the weights' spacing, probes below rounding."""
-    parameters = [p.parameter for p in perturbed]
-    with observed_dtypes(parameters) as dtypes:
-        dtype = coarsest(dtypes)
-    name, eps = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
-    if settings.perturbation != "batch" or eps <= torch.finfo(torch.float32).eps:
-        return
-    if settings.weighting == "curvature":
-        logger.warning(
-            f"δ-SAM: in {name} a curvature probe sees nothing below {ROUNDING_FACTOR * eps:.1%} of a sample's loss, "
-            "the rounding floor. A batch in which no sample rises above it gets uniform weights, and sam_ess is 1. A "
-            "larger --sam-probe-scale raises the signal; --sam-weighting uniform saves the probes."
-        )
-    without_master = [p.parameter for p in perturbed if p.master is None and p.parameter.dtype == dtype]
-    if without_master:
-        step, size, distance = spacing(without_master, settings.rho)
-        logger.warning(
-            f"δ-SAM: in {name} without fp32 master weights a perturbation of rho={settings.rho} is {step:.1e} per "
-            f"weight, the weights' own spacing about {distance:.1e} (at their root mean square, {size:.1e}). What is "
-            f"lost to rounding shows in sam_eps_norm, which should be {settings.rho}. Use --fp16 without "
-            "--memory-efficient-fp16, or --amp, to keep it."
-        )
-
-
-def pair_masters(parameters: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor | None]:
-    """Match the model's parameters with what the optimizer was given.
-
-    Args:
-        parameters: of the model, in fairseq's order, each once.
-        given: the same tensors (and others), or a copy of each in the same order, or all of them flattened into one.
-
-    Returns:
-        One fp32 copy per parameter, None where there is none; views where the optimizer has one flattened copy.
-
-    Raises:
-        RuntimeError: neither of these.
-    """
-    if {id(p) for p in parameters} <= {id(p) for p in given}:
-        return [None] * len(parameters)
-    if [p.shape for p in parameters] == [p.shape for p in given]:
-        return list(given)
-    if len(given) == 1 and given[0].numel() == sum(p.numel() for p in parameters):
-        parts = given[0].detach().split([p.numel() for p in parameters])
-        return [part.view_as(p) for p, part in zip(parameters, parts, strict=True)]
-    raise RuntimeError(
-        f"The optimizer holds {len(given)} tensors with {sum(p.numel() for p in given)} elements, the model and "
-        f"criterion {len(parameters)} trainable ones with {sum(p.numel() for p in parameters)}. δ-SAM must find every "
-        "parameter whole in this process, and the fp32 copy of each if there are any. Use --ddp-backend legacy_ddp or "
-        "pytorch_ddp without sharding; and for a task that trains a part of the model at a time (multilingual ones) "
-        "--amp instead of --fp16."
-    )
-
-
 def sharpness_aware(base: type[FairseqOptimizer]) -> type[SharpnessAwareOptimizer]:
-    """The class of the base optimizer, under its own name, with δ-SAM's settings.
+    """A subclass of the base optimizer with δ-SAM's settings.
 
-    The name is the base's because fairseq compares it with the one in a checkpoint.
+    It keeps the base's name, which fairseq compares with the one in a checkpoint.
     """
     return type(base.__name__, (SharpnessAwareOptimizer, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
 @register_optimizer(NAME, dataclass=DeltaSAMOptimizerConfig)
 class FairseqDeltaSAM(FairseqOptimizer):
-    """What fairseq's registry knows; :meth:`build_optimizer` returns the base optimizer with settings."""
+    """The entry in fairseq's registry. :meth:`build_optimizer` returns the base optimizer with settings."""
 
     @classmethod
     def add_args(cls, parser: ArgumentParser) -> None:
@@ -225,12 +182,15 @@ class FairseqDeltaSAM(FairseqOptimizer):
         settings = Settings(
             cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation, cfg.sam_sync
         )
-        refuse_unsupported(cfg._get_root())
-        _, base, base_cfg = OPTIONS.base_config(cfg)
+        root = cfg._get_root()
+        refuse_unsupported(root)
+        name, base, base_cfg = OPTIONS.base_config(cfg)
         params = list(params)
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
-        optimizer._given = params
+        task, criterion = option(root, "task", "_name"), option(root, "criterion", "base_criterion")
+        optimizer.names = TrainedBy(task, criterion, name)
+        optimizer.parameters = TrainedParameters(params)
         optimizer._perturbations = {}
         _latest = weakref.ref(optimizer)
         return optimizer

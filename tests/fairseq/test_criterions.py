@@ -1,4 +1,4 @@
-"""Every adaptor against its criterion: the sum over the samples, and each sample by itself."""
+"""Every per-sample loss function against its criterion: the sum over the samples, and each sample alone."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ from deltasam_plugin.fairseq.criterions.registry import (
     CALLS,
     PER_SAMPLE_LOSSES,
     REFUSED,
-    check_sum,
+    check,
     objective_of,
     per_sample_losses,
     per_sample_losses_of,
     recorded_outputs,
 )
 from tests.helpers.corpora import CORPORA, RECIPES, W2V, Recipe, corpus
-from tests.helpers.runs import SENTENCES, TRANSLATION, base
+from tests.helpers.runs import SMOOTHED, TRANSLATION, base
 
-SMOOTHED = "label_smoothed_cross_entropy"
 ORACLES: dict[str, Recipe] = {
     **{name: recipe for name, recipe in RECIPES.items() if name != "batch norm"},  # which mixes samples
     "prefix": Recipe(
@@ -36,12 +35,11 @@ ORACLES: dict[str, Recipe] = {
         "aligned",
         [*TRANSLATION, "--label-smoothing", 0.1, "--ignore-prefix-size", 1, "--report-accuracy"],
     ),
-    "sentence_prediction": Recipe("sentence_prediction", "sentences", [*SENTENCES, "--num-classes", 2]),
     "wav2vec balanced": Recipe("wav2vec", "audio", [*W2V, "--balanced-classes", "--prediction-steps", 12]),
 }
-# Alone in its batch a sample has other negatives, is not padded, or has all of a mean to itself.
-NOT_ALONE = ("nat_loss", "with_ctc", "ctc", "wav2vec", "hubert")
-NO_SYNC = [name for name in ORACLES if not name.startswith(NOT_ALONE)]
+# In a batch of its own a sample has other negatives, no padding, or a whole mean to itself.
+COMPANY = ("nat_loss", "with_ctc", "ctc", "wav2vec", "hubert")
+INDEPENDENT = [name for name in ORACLES if not name.startswith(COMPANY)]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +76,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 
 
 def batch_of(task: Any, count: int) -> Any:
-    """The first `count` samples as a batch; what the task itself adds to a batch is added."""
+    """The first `count` samples as a batch, with what the task adds to a batch."""
     dataset = task.dataset("train")
     sample = dataset.collater([dataset[index] for index in range(count)])
     if hasattr(task, "inject_noise"):
@@ -88,7 +86,7 @@ def batch_of(task: Any, count: int) -> Any:
 
 
 def losses_of(name: str, criterion: Any, model: Any, sample: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """The criterion's own loss, the adaptor's per-sample losses, and the shared part."""
+    """The criterion's own loss, the per-sample losses, and the shared part."""
     sample = copy.deepcopy(sample)  # some criterions write to it
     torch.manual_seed(5)
     np.random.seed(5)
@@ -96,7 +94,7 @@ def losses_of(name: str, criterion: Any, model: Any, sample: Any) -> tuple[torch
         loss, _, _ = criterion(model, sample)
     state = torch.get_rng_state()
     objective = objective_of(loss, per_sample_losses_of(name)(criterion, model, sample, *outputs))
-    assert torch.equal(state, torch.get_rng_state())  # no adaptor draws random numbers
+    assert torch.equal(state, torch.get_rng_state())  # per-sample loss functions draw no random numbers
     return objective.loss, objective.losses, objective.shared
 
 
@@ -136,7 +134,7 @@ def test_losses_sum_to_the_criterions(build: Callable[[str], Any], name: str) ->
 
 @pytest.mark.parametrize("name", ORACLES)
 def test_losses_depend_on_their_own_sample(build: Callable[[str], Any], name: str) -> None:
-    """Another input in one sample changes that sample's loss and no other's, under the same random numbers."""
+    """Under the same random numbers, another input in one sample changes the loss of that sample only."""
     criterion, model, task = build(name)
     model.train(), criterion.train()
     sample = batch_of(task, 6)
@@ -147,7 +145,7 @@ def test_losses_depend_on_their_own_sample(build: Callable[[str], Any], name: st
         assert changed.nonzero().flatten().tolist() == [index]
 
 
-@pytest.mark.parametrize("name", NO_SYNC)
+@pytest.mark.parametrize("name", INDEPENDENT)
 def test_losses_are_those_of_the_samples_alone(build: Callable[[str], Any], name: str) -> None:
     """Without dropout, the loss of a sample is the criterion's loss of a batch of one."""
     criterion, model, task = build(name)
@@ -163,7 +161,7 @@ def test_losses_are_those_of_the_samples_alone(build: Callable[[str], Any], name
 
 
 def test_sample_without_masked_tokens(build: Callable[[str], Any]) -> None:
-    """It has no loss; where no sample has any, the model predicts everything and the loss is zero."""
+    """Its loss is zero. If no sample has masked tokens, the model predicts all tokens, and every loss is zero."""
     criterion, model, task = build("masked_lm")
     sample = batch_of(task, 4)
     sample["target"][1] = task.source_dictionary.pad()
@@ -186,7 +184,7 @@ def test_batch_without_alignments(build: Callable[[str], Any]) -> None:
 
 
 def test_masks_of_unequal_size(build: Callable[[str], Any]) -> None:
-    """wav2vec 2.0 makes (B, M) of its masked frames by reshaping, so that rows may hold frames of two samples."""
+    """wav2vec 2.0 reshapes its masked frames to (B, M), so a row may hold frames of two samples."""
     criterion, model, task = build("wav2vec 2.0")
     model.train()
     sample = batch_of(task, 3)
@@ -200,7 +198,7 @@ def test_masks_of_unequal_size(build: Callable[[str], Any]) -> None:
 
 
 class Frames(torch.nn.Module):
-    """A CTC model that has made its predictions already."""
+    """A CTC model that is given its predictions."""
 
     def forward(self, lprobs: torch.Tensor, padding_mask: torch.Tensor | None, **lengths: torch.Tensor) -> Any:
         return {"lprobs": lprobs, "padding_mask": padding_mask}
@@ -234,7 +232,7 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
     "averaged": (
         "nat_loss",
         (None, SimpleNamespace(), {"target": torch.ones(2, 3)}, {"word_crf": {"loss": torch.ones(())}}),
-        "Criterion 'nat_loss' with a model that returns 'word_crf' averaged over the batch already",
+        "Criterion 'nat_loss' with a model that returns 'word_crf' already averaged over the batch",
     ),
     "resolutions": (
         "hubert",
@@ -249,22 +247,22 @@ REFUSALS: dict[str, tuple[str, Any, str]] = {
             {"net_input": {}},
             {"encoder_out": None},
         ),
-        "Criterion 'wav2vec' with the model SimpleNamespace: only those of wav2vec and wav2vec 2.0 are supported",
+        "Criterion 'wav2vec' with the model SimpleNamespace: its predictions cannot be assigned to samples",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_told_apart_is_refused(case: str) -> None:
+def test_losses_that_cannot_be_split_into_samples_are_refused(case: str) -> None:
     name, arguments, message = REFUSALS[case]
     with pytest.raises(ValueError, match=re.escape(message)):
         per_sample_losses_of(name)(*arguments)
 
 
-def test_every_criterion_has_an_adaptor_or_a_reason() -> None:
+def test_every_criterion_has_per_sample_losses_or_a_reason() -> None:
     registry = REGISTRIES["criterion"]["registry"]
     registered = {name for name, criterion in registry.items() if criterion.__module__.startswith("fairseq.")}
-    ours = {name for name, adaptor in PER_SAMPLE_LOSSES.items() if adaptor.__module__.startswith("deltasam_plugin.")}
+    ours = {name for name, losses in PER_SAMPLE_LOSSES.items() if losses.__module__.startswith("deltasam_plugin.")}
     assert registered <= ours | REFUSED.keys()
     assert not ours & REFUSED.keys()
     if "label_smoothed_cross_entropy_with_rdrop" in registered:  # fairseq 0.12.2 has fewer
@@ -279,13 +277,13 @@ def test_refused_with_the_reason_and_the_remedy(name: str) -> None:
         per_sample_losses_of(name)
 
 
-def test_unknown_criterion_is_told_how_to_get_an_adaptor() -> None:
+def test_the_refusal_of_an_unknown_criterion_has_a_remedy() -> None:
     with pytest.raises(ValueError, match=r"^Criterion 'mine' \(--base-criterion\) gives no per-sample losses\. Choose"):
         per_sample_losses_of("mine")
 
 
 class Parts(torch.nn.Module):
-    """A model with a part and a method that a criterion asks by itself."""
+    """A model with a part and a method that a criterion calls directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -300,7 +298,7 @@ class Parts(torch.nn.Module):
 
 @pytest.fixture
 def recording(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a criterion whose adaptor asks for more than the model's output."""
+    """The name of a criterion whose per-sample losses need more than the model's output."""
     for registry in (PER_SAMPLE_LOSSES, CALLS):
         monkeypatch.setitem(registry, "parts", None)
         del registry["parts"]
@@ -327,7 +325,7 @@ def test_recording_leaves_nothing_behind(recording: str) -> None:
     assert set(vars(model)) == attributes
 
 
-def test_recording_keeps_what_the_user_has_put_there(recording: str) -> None:
+def test_recording_keeps_what_the_user_set(recording: str) -> None:
     model = Parts()
     model.probabilities = mine = lambda x: -x
     with recorded_outputs(model, recording) as outputs:
@@ -338,12 +336,12 @@ def test_recording_keeps_what_the_user_has_put_there(recording: str) -> None:
 
 def test_check_sees_the_shared_part() -> None:
     loss, losses, shared = torch.tensor(9.0), torch.tensor([2.0, 3.0]), torch.tensor(4.0)
-    check_sum("mine", objective_of(loss, (losses, shared)))
-    check_sum("mine", objective_of(loss.view(1), (losses, shared)))
+    check("mine", objective_of(loss, (losses, shared)), {})
+    check("mine", objective_of(loss.view(1), (losses, shared)), {})
     with pytest.raises(
-        RuntimeError, match="criterion 'mine' gives per-sample losses that sum to 5, but the criterion's"
+        RuntimeError, match="per-sample losses of criterion 'mine' sum to 5, but the criterion's own loss is 9"
     ):
-        check_sum("mine", objective_of(loss, losses))
+        check("mine", objective_of(loss, losses), {})
 
 
 def test_corpora_are_named_after_their_makers() -> None:

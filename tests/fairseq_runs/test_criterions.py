@@ -1,4 +1,4 @@
-"""Every criterion through the real fairseq-train: a radius of zero is the base run, any radius restores the weights."""
+"""Every criterion through the real fairseq-train: radius zero is the base run, every radius restores the weights."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from tests.helpers.corpora import RECIPES, corpus
 from tests.helpers.runs import (
     ADAM,
     INSTANCE,
+    SMOOTHED,
     assert_batches_of_one_are_sam,
     assert_same_model,
     base,
@@ -72,7 +73,7 @@ def test_radius_zero_is_the_base_run(train: Callable[..., dict[str, Any]], name:
 def test_weights_are_restored(
     train: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """A learning rate of zero leaves the perturbation alone to change weights: none has changed, bit for bit."""
+    """With a learning rate of zero only the perturbation changes weights. All are restored, bit for bit."""
     seen: list[dict[str, torch.Tensor]] = []
     train_step = Trainer.train_step
 
@@ -109,7 +110,7 @@ REFUSED_PER_INSTANCE = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_instances_of_every_criterion(train: Callable[..., dict[str, Any]], name: str) -> None:
-    """Perturbed each for itself: a batch of one is SAM; or refused with the reason."""
+    """In instance mode a batch of one is SAM; or the criterion is refused with the reason."""
     options = [*delta(RECIPES[name].criterion, optimizer="sgd"), "--lr", 0.02]
     if name in REFUSED_PER_INSTANCE:
         with pytest.raises((RuntimeError, ValueError), match=REFUSED_PER_INSTANCE[name]):
@@ -119,9 +120,9 @@ def test_instances_of_every_criterion(train: Callable[..., dict[str, Any]], name
     assert_batches_of_one_are_sam(lambda folder, *own: train(name, folder, *options, *own, optimizer=[]))
 
 
-@pytest.mark.parametrize("name", ["masked_lm", "sentence_ranking", "alignment"])
+@pytest.mark.parametrize("name", [SMOOTHED, "masked_lm", "sentence_ranking", "alignment"])
 def test_instances_of_a_batch_are_those_of_batches_of_one(train: Callable[..., dict[str, Any]], name: str) -> None:
-    """In particular where a layer sees only some positions of each, the masked ones."""
+    """Also in layers that see masked positions only."""
     options = [*delta(RECIPES[name].criterion, optimizer="sgd"), "--lr", 0.02, "--dropout", 0]
     options += ["--required-batch-size-multiple", 1, "--attention-dropout", 0]
     whole = {"--batch-size": 200, "--update-freq": 1}, {"--batch-size": 1, "--update-freq": 200}
@@ -137,7 +138,7 @@ def test_instances_of_a_batch_are_those_of_batches_of_one(train: Callable[..., d
 def test_passes_see_the_same_mask(
     train: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Drawn, as always, from generators without a seed: the four passes of a batch agree, and no two batches do."""
+    """The masks come from generators without a seed. The four passes of a batch see one mask, two batches never do."""
     monkeypatch.setattr(np.random, "default_rng", UNSEEDED)
     model = HubertModel if name == "hubert" else Wav2Vec2Model
     masks: list[torch.Tensor] = []
@@ -194,7 +195,7 @@ class MyCriterion(FairseqCriterion):
     logging_outputs_can_be_summed = staticmethod(lambda: True)
 '''
 
-ADAPTOR = """
+LOSSES = """
 
 from deltasam_plugin import per_sample_losses  # after the criterion, whose options it collects
 
@@ -236,29 +237,11 @@ def user_directory(path: Path, files: dict[str, str]) -> Path:
 
 def typed(data: Path, user_dir: Path, save_dir: Path, *options: object) -> subprocess.CompletedProcess[str]:
     """fairseq-train as a user types it."""
-    common = [
-        "--user-dir",
-        user_dir,
-        "--save-dir",
-        save_dir,
-        "--max-update",
-        2,
-        "--batch-size",
-        16,
-        "--cpu",
-        "--lr",
-        0.01,
-    ]
-    command = [Path(sys.executable).parent / "fairseq-train", data, *common, "--log-interval", 1, *options]
+    command = [Path(sys.executable).parent / "fairseq-train", data, "--user-dir", user_dir, "--save-dir", save_dir]
+    command += ["--max-update", 2, "--batch-size", 16, "--cpu", "--lr", 0.01, "--log-interval", 1, *options]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(PROJECT)}
-    return subprocess.run(
-        [str(word) for word in command],
-        env=environment,
-        cwd=user_dir.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    words = list(map(str, command))
+    return subprocess.run(words, env=environment, cwd=user_dir.parent, capture_output=True, text=True, check=False)
 
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -266,9 +249,9 @@ TEMPERED = ["--my-temperature", 1.5, "--disable-validation"]
 
 
 def test_a_criterion_of_the_users_own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Registered with an option of its own in the user's own --user-dir, which has a task and a model beside it."""
+    """It has an option of its own and lives in the user's --user-dir, with a task and a model."""
     data = corpus("aligned", tmp_path_factory.getbasetemp())
-    files = {"__init__.py": CRITERION + ADAPTOR, "tasks/mine.py": TASK, "models/mine.py": MODEL}
+    files = {"__init__.py": CRITERION + LOSSES, "tasks/mine.py": TASK, "models/mine.py": MODEL}
     user_dir = user_directory(tmp_path / "mine", files | {"tasks/__init__.py": "", "models/__init__.py": ""})
     options = ["--task", "my_task", "--arch", "my_architecture", *TEMPERED]
     checkpoints = {}
@@ -285,16 +268,16 @@ def test_a_criterion_of_the_users_own(tmp_path: Path, tmp_path_factory: pytest.T
 def test_a_user_directory_that_imports_the_plugin_first(
     tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """On the command line the order does not matter: the options are collected when it is read."""
+    """On the command line the order does not matter: options are collected when it is parsed."""
     data = corpus("aligned", tmp_path_factory.getbasetemp())
-    user_dir = user_directory(tmp_path / "mine", {"__init__.py": "import deltasam_plugin\n" + CRITERION + ADAPTOR})
+    user_dir = user_directory(tmp_path / "mine", {"__init__.py": "import deltasam_plugin\n" + CRITERION + LOSSES})
     options = ["--arch", "transformer_tiny", *TEMPERED, *delta("my_criterion")]
     trained = typed(data, user_dir, tmp_path / "checkpoints", *options)
     assert trained.returncode == 0, trained.stderr
     assert torch.load(tmp_path / "checkpoints" / "checkpoint_last.pt")["cfg"]["criterion"]["my_temperature"] == 1.5
 
 
-def test_a_criterion_without_adaptor(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_criterion_without_per_sample_losses(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     data = corpus("aligned", tmp_path_factory.getbasetemp())
     user_dir = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + "\nimport deltasam_plugin\n"})
     options = ["--arch", "transformer_tiny", *TEMPERED, *delta("my_criterion")]
@@ -305,7 +288,7 @@ def test_a_criterion_without_adaptor(tmp_path: Path, tmp_path_factory: pytest.Te
 
 
 def test_names_of_the_base_in_the_checkpoint(train: Callable[..., dict[str, Any]]) -> None:
-    """Tasks and models that look at the whole command line find the base there, and fairseq without the plugin too."""
+    """Tasks and models that read the whole command line find the base there. So does fairseq without the plugin."""
     cfg = train("sentence_ranking", "ranking", *delta("sentence_ranking"))["cfg"]
     for section in ("task", "model"):
         assert (cfg[section].criterion, cfg[section].optimizer) == ("sentence_ranking", "adam")

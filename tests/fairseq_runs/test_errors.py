@@ -1,18 +1,19 @@
-"""Misuse is refused at start-up or at the first batch, by value, rule and remedy."""
+"""Misuse is refused at start-up or at the first batch. The message names value, rule and remedy."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import fairseq
 import pytest
 from omegaconf import OmegaConf
 
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, per_sample_losses
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from tests.helpers.runs import ADAM, TRANSLATION, base, delta, fairseq_train
+from tests.helpers.corpora import corpus, small
+from tests.helpers.runs import ADAM, HALF, SMOOTHED, TRANSLATION, base, delta, fairseq_train
 
-SMOOTHED = "label_smoothed_cross_entropy"
 ERRORS: dict[str, tuple[list[object], str]] = {
     "optimizer alone": (
         ["--optimizer", "delta_sam", "--criterion", SMOOTHED],
@@ -24,7 +25,7 @@ ERRORS: dict[str, tuple[list[object], str]] = {
         "Criterion 'delta_sam' with optimizer 'adam': its gradient is computed for 'delta_sam'. "
         "Use --optimizer delta_sam --base-optimizer adam.",
     ),
-    "no adaptor": (
+    "no per-sample losses": (
         delta("tacotron2"),
         "Criterion 'tacotron2' (--base-criterion) gives no per-sample losses: its terms are means over all frames of "
         "the batch. Choose one of: adaptive_loss, cross_entropy, ctc, ",
@@ -80,7 +81,7 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     "scalar quantization": (
         [*delta(), "--quant-noise-scalar", 0.5],
         "Invalid quant_noise_scalar=0.5 (--quant-noise-scalar): every forward pass would count as an update, and "
-        "probes would set the scales. Leave it out, or use --quant-noise-pq.",
+        "probes would change the scales. Leave it out, or use --quant-noise-pq.",
     ),
     "unknown perturbation": (
         [*delta(), "--sam-perturbation", "layer"],
@@ -102,7 +103,7 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
     [
         ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--"),
         ("distributed_training", "pipeline_model_parallel", True, "Invalid pipeline_model_parallel=True (--pipeline-"),
-        ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot on a TPU."),
+        ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot do on a TPU."),
         (
             "common",
             "model_parallel_size",
@@ -116,20 +117,66 @@ def test_what_this_machine_cannot_start_is_refused(section: str, option: str, va
         refuse_unsupported(OmegaConf.create({section: {option: value}}))
 
 
-def test_adaptor_that_does_not_sum_to_the_loss(
+def test_per_sample_losses_that_do_not_sum_to_the_loss(
     translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A mean instead of a sum, the likely mistake, is found at the first batch."""
+    """The likely mistake is a mean instead of a sum. The first batch finds it."""
     right = PER_SAMPLE_LOSSES["cross_entropy"]
     monkeypatch.setitem(PER_SAMPLE_LOSSES, "cross_entropy", lambda *arguments: right(*arguments) / 7)
-    with pytest.raises(RuntimeError, match="The adaptor of criterion 'cross_entropy' gives per-sample losses that sum"):
+    with pytest.raises(RuntimeError, match="The per-sample losses of criterion 'cross_entropy' sum to"):
         fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
 
 
-def test_adaptor_for_a_criterion_that_has_one() -> None:
+EXAMPLES = Path(fairseq.__file__).parent / "examples"
+LATENT: list[object] = ["--user-dir", EXAMPLES / "latent_depth" / "latent_depth_src"]
+LATENT += ["--task", "multilingual_translation_latent_depth", "--arch", "latent_multilingual_transformer"]
+LATENT += ["--lang-pairs", "src-tgt,tgt-src", "--share-encoders", "--share-decoders", "--decoder-latent-layer"]
+LATENT += [*small("encoder", "decoder"), "--sparsity-weight", 1, "--target-layers", 1]
+MOE: list[object] = ["--user-dir", EXAMPLES / "translation_moe" / "translation_moe_src", "--task", "translation_moe"]
+MOE += ["--arch", "transformer_tiny", "--method", "hMoEup", "--num-experts", 2]
+
+
+def test_one_loss_for_each_sentence(translation_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum alone does not tell how the losses belong to the sentences."""
+    right = PER_SAMPLE_LOSSES["cross_entropy"]
+    monkeypatch.setitem(PER_SAMPLE_LOSSES, "cross_entropy", lambda *arguments: right(*arguments).repeat(2) / 2)
+    message = "gives 32 per-sample losses for a batch of 16 sentences. Must be one loss for each sentence"
+    with pytest.raises(RuntimeError, match=message):
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta("cross_entropy"))
+
+
+@pytest.mark.parametrize("perturbation", ["batch", "instance"])
+def test_latent_depth(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, perturbation: str) -> None:
+    message = (
+        "Invalid task='multilingual_translation_latent_depth' (--task): it adds loss terms outside the criterion, "
+        "where δ-SAM does not see them. Use another task, or train without δ-SAM."
+    )
+    data = corpus("aligned", tmp_path_factory.getbasetemp())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fairseq_train(data, tmp_path, *LATENT, *delta(), "--sam-perturbation", perturbation)
+
+
+@pytest.mark.usefixtures("cuda_is_cpu")
+@pytest.mark.parametrize(
+    "precision",
+    [[], HALF, ["--memory-efficient-fp16"], ["--amp"]],
+    ids=["fp32", "fp16", "memory-efficient-fp16", "amp"],
+)
+def test_a_task_that_does_not_call_the_criterion(translation_data: Path, tmp_path: Path, precision: list) -> None:
+    """Nothing else would tell that the base optimizer trains alone."""
+    message = (
+        "Task 'translation_moe' takes an optimizer step without a sharpness-aware gradient: its train_step does not "
+        "take the loss from criterion(model, sample). Use a task that does, or train without δ-SAM: --optimizer adam "
+        "--criterion label_smoothed_cross_entropy."
+    )
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        fairseq_train(translation_data, tmp_path, *MOE, *delta(), *precision, "--fp16-init-scale", 4)
+    assert not list(tmp_path.glob("checkpoint*.pt"))
+
+
+def test_a_second_per_sample_loss_function_for_a_criterion() -> None:
     with pytest.raises(
-        ValueError,
-        match=r"Criterion 'cross_entropy' has .* already, in deltasam_plugin\.fairseq\.criterions\.tokens\.",
+        ValueError, match=r"'cross_entropy' already has .* in deltasam_plugin\.fairseq\.criterions\.tokens"
     ):
         per_sample_losses("cross_entropy")(lambda *arguments: None)
 

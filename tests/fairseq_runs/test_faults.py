@@ -1,4 +1,4 @@
-"""Whatever goes wrong in whichever pass: the weights are w afterwards, and what fairseq does next is right."""
+"""Failures in every pass: afterwards the weights are w, and fairseq continues or stops as in the base run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def undisturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def reference(translation_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict]:
-    """The checkpoints of a run in which nothing goes wrong, by number of updates."""
+    """The checkpoints of a run without a failure, by number of updates."""
     root = tmp_path_factory.mktemp("undisturbed")
     fairseq_train(translation_data, root, *OPTIONS, updates=5)
     return {update: torch.load(root / f"checkpoint_1_{update}.pt") for update in (3, 5)}
@@ -39,7 +39,7 @@ def reference(translation_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("where", faulty.PASSES)
 def test_crash_holds_the_weights(translation_data: Path, tmp_path: Path, reference: dict, where: str) -> None:
-    """crash.pt, which fairseq writes on the way out, is the state after update 3; resuming gives update 5 as ever."""
+    """crash.pt, which fairseq writes then, holds the state after update 3. Resuming gives the usual update 5."""
     faulty.plan = faulty.Plan(batch=3, where=where, error=ValueError("cosmic ray"))
     with pytest.raises(ValueError, match="cosmic ray"):
         fairseq_train(translation_data, tmp_path, *OPTIONS, updates=5)
@@ -51,7 +51,7 @@ def test_crash_holds_the_weights(translation_data: Path, tmp_path: Path, referen
 
 @pytest.mark.parametrize("where", faulty.PASSES)
 def test_out_of_memory_drops_the_batch(translation_data: Path, tmp_path: Path, where: str) -> None:
-    """fairseq goes on without the batch; in which pass memory ran out makes no difference to anything."""
+    """fairseq continues without the batch. The result is the same for every pass."""
     finals = []
     for folder, failing in {"one": "probe -" if where == "probe +" else "probe +", "other": where}.items():
         faulty.plan = faulty.Plan(batch=2, where=failing, error=RuntimeError("CUDA out of memory (simulated)"))
@@ -60,7 +60,7 @@ def test_out_of_memory_drops_the_batch(translation_data: Path, tmp_path: Path, w
 
 
 def test_nan_loss_is_fairseqs_own_error(translation_data: Path, tmp_path: Path, reference: dict) -> None:
-    """A batch whose loss is NaN ends the run as it ends the base run, with w in crash.pt."""
+    """A NaN loss ends the run as it ends the base run, with w in crash.pt."""
     ends = []
     for name, options in {"base": base(faulty.NAME), "delta": delta(faulty.NAME)}.items():
         faulty.plan = faulty.Plan(batch=3, where="second forward", base=name == "base")
@@ -77,7 +77,7 @@ def test_nan_loss_is_fairseqs_own_error(translation_data: Path, tmp_path: Path, 
 
 
 def test_nan_in_the_ascent_gives_no_ascent(translation_data: Path, tmp_path: Path) -> None:
-    """There is nothing to climb: the batch is descended at w, and counted."""
+    """Without an ascent the gradient is taken at w, and the batch is counted."""
     faulty.plan = faulty.Plan(batch=1, where="ascent")
     options = [*OPTIONS, "--tensorboard-logdir", tmp_path / "logs"]
     final = fairseq_train(translation_data, tmp_path, *options, updates=3)
@@ -112,8 +112,8 @@ def test_every_fault_in_every_pass(
 ) -> None:
     """Fault × pass × precision × accumulation, in the last micro-batch of update 3.
 
-    After a crash w is intact and resuming is as if nothing had been; when memory ran out the run goes on without the
-    batch, and the pass in which it did makes no difference.
+    After a crash the weights are w, and the resumed run equals the uninterrupted one. After out-of-memory the run
+    continues without the batch, with the same result for every pass.
     """
     options = [*OPTIONS, *MATRIX[precision], "--update-freq", accumulation]
     calm, ends = tmp_path / "calm", []
@@ -138,7 +138,7 @@ def test_every_fault_in_every_pass(
 
 @pytest.mark.usefixtures("cuda_is_cpu")
 def test_amp_tries_the_batch_again(translation_data: Path, tmp_path: Path) -> None:
-    """A gradient that is not finite under --amp: fairseq runs the batch again, at ρ = 0 as in the base run."""
+    """After a non-finite gradient under --amp fairseq runs the batch again. At ρ = 0 this is the base run."""
     options = [*TRANSLATION, *ADAM, "--amp", "--fp16-init-scale", 4, "--disable-validation"]
     runs = {"base": base(faulty.NAME), "zero": delta(faulty.NAME, rho=0), "delta": delta(faulty.NAME)}
     finals = {}

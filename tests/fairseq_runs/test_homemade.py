@@ -1,4 +1,4 @@
-"""Models, criterions and tasks that are built otherwise than most."""
+"""Unusual models, criterions and tasks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_radius_zero_is_the_base_run(translation_data: Path, tmp_path: Path, opt
 
 @pytest.mark.parametrize("options", [HOMEMADE, MULTILINGUAL], ids=["names in common", "several language pairs"])
 def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path, options: list[object]) -> None:
-    """Whatever weights there are, the model's and the criterion's, are perturbed."""
+    """The parameters of the model and of the criterion are perturbed."""
     changed = delta(homemade.CRITERION if options is HOMEMADE else SMOOTHED, optimizer="sgd")
     options = [*options, *changed, "--batch-size", 1, "--lr", 0.02]
     assert_batches_of_one_are_sam(
@@ -50,7 +50,30 @@ def test_batches_of_one_are_sam(translation_data: Path, tmp_path: Path, options:
     )
 
 
+@pytest.mark.parametrize("task", [homemade.THAWING, homemade.FREEZING])
+@pytest.mark.parametrize("perturbation", ["batch", "instance"])
+def test_resumed_run_of_a_task_that_freezes_layers(
+    translation_data: Path, tmp_path: Path, task: str, perturbation: str
+) -> None:
+    """The run is interrupted between two epochs. In both only what is trained is perturbed."""
+    options = ["--arch", "transformer_tiny", "--task", task, *ADAM, *delta(), "--sam-perturbation", perturbation]
+    options += ["--update-epoch-batch-itr", True, "--disable-validation"]
+    whole = fairseq_train(translation_data, tmp_path / "whole", *options, updates=13)
+    fairseq_train(translation_data, tmp_path / "parts", *options, "--max-epoch", 1, updates=13)
+    assert_same_model(whole, fairseq_train(translation_data, tmp_path / "parts", *options, updates=13))
+
+
+@pytest.mark.usefixtures("cuda_is_cpu")
+@pytest.mark.parametrize("precision", [HALF, ["--fp16", "--fp16-init-scale", 4]], ids=["copies", "flat copy"])
+def test_half_precision_with_a_task_that_freezes_layers(
+    translation_data: Path, tmp_path: Path, precision: list[object]
+) -> None:
+    options = ["--arch", "transformer_tiny", "--task", homemade.THAWING, *delta(), *precision, "--disable-validation"]
+    fairseq_train(translation_data, tmp_path, *options, "--tensorboard-logdir", tmp_path / "logs", updates=12)
+    assert scalars(tmp_path / "logs", "sam_eps_norm")["sam_eps_norm"] == pytest.approx([0.05] * 12, rel=0.2)
+
+
 def test_a_part_of_the_model_at_a_time_in_half_precision_is_refused(translation_data: Path, tmp_path: Path) -> None:
-    """Which fp32 copies belong to the part cannot be told."""
-    with pytest.raises(RuntimeError, match=r"for a task that trains a part of the model at a time .* --amp instead"):
+    """Nothing tells which fp32 copies belong to the part."""
+    with pytest.raises(RuntimeError, match=r"For a task that trains or freezes a part .* use --amp"):
         fairseq_train(translation_data, tmp_path, *MULTILINGUAL, *ADAM, *delta(), *HALF)

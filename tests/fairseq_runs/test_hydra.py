@@ -1,28 +1,33 @@
-"""fairseq-hydra-train with the YAML of the examples."""
+"""fairseq-hydra-train with our YAML and with files of fairseq."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fairseq
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.fairseq_runs.test_criterions import ADAPTOR, CRITERION, user_directory
+from tests.fairseq_runs.test_criterions import CRITERION, LOSSES, user_directory
+from tests.helpers.corpora import corpus
 from tests.helpers.runs import USER_DIR, distance
 
 EXAMPLE = USER_DIR.parent / "examples" / "hydra"
 
 
-def hydra_train(config_dir: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any], str]:
+def hydra_train(
+    config_dir: Path, folder: Path, *overrides: str, name: str = "translation"
+) -> tuple[dict[str, Any], str]:
     """The last checkpoint of a run, and all that it printed and logged."""
     folder.mkdir(exist_ok=True)
     command = [str(Path(sys.executable).parent / "fairseq-hydra-train"), "--config-dir", str(config_dir)]
-    command += ["--config-name", "translation", f"checkpoint.save_dir={folder / 'saved'}", *overrides]
+    command += ["--config-name", name, f"checkpoint.save_dir={folder / 'saved'}", *overrides]
     environment = {**os.environ, "HYDRA_FULL_ERROR": "1"}
     finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     printed = finished.stdout + finished.stderr
@@ -44,7 +49,7 @@ def test_the_examples_yaml(translation_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> None:
-    """Which exists in YAML only: radius 0 is its own run, another radius is not."""
+    """It exists in YAML only. Radius zero is its own run, another radius is not."""
     group = {
         "lr_float": 0.01,
         "optimizer": {"_name": "adam", "adam_betas": "(0.9, 0.98)"},
@@ -75,8 +80,8 @@ def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_user_directory_that_imports_the_plugin_last(translation_data: Path, tmp_path: Path) -> None:
-    """Whose criterion has options of its own: they are options of δ-SAM's, too."""
-    mine = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + ADAPTOR})
+    """The options of its criterion are options of δ-SAM too."""
+    mine = user_directory(tmp_path / "mine", {"__init__.py": CRITERION + LOSSES})
     overrides = [f"task.data={translation_data}", f"common.user_dir={mine}", "common.cpu=true"]
     overrides += ["optimization.max_update=2", "dataset.max_tokens=300", "dataset.num_workers=0"]
     overrides += [
@@ -87,3 +92,72 @@ def test_a_user_directory_that_imports_the_plugin_last(translation_data: Path, t
     saved, output = hydra_train(EXAMPLE, tmp_path / "run", *overrides)
     assert saved["cfg"]["criterion"]["my_temperature"] == 1.5
     assert "sam_sharpness" in output
+
+
+CONFIG = Path(fairseq.__file__).parent / "examples" / "roberta" / "config"
+SMALL = ["optimization.max_update=2", "common.fp16=false", "common.cpu=true", "dataset.num_workers=0"]
+SMALL += ["dataset.disable_validation=true", "+model.encoder_layers=1", "+model.encoder_embed_dim=32"]
+SMALL += ["+model.encoder_ffn_embed_dim=32", "+model.encoder_attention_heads=2", f"common.user_dir={USER_DIR}"]
+OPTIMIZER = ["optimizer._name=delta_sam", "+optimizer.base_optimizer=adam"]
+SENTENCES = ["criterion._name=delta_sam", "+criterion.base_criterion=sentence_prediction"]
+# The task refers to these two options of the criterion before fairseq imports the plugin.
+HEAD = "+criterion.classification_head_name=sentence_classification_head"
+CLASSES = "+criterion.regression_target=false"
+GLUE = [path.stem for path in sorted((CONFIG / "finetuning").glob("*.yaml"))]
+QUICK = ("rte", "sts_b")  # one file with classes, and the only one with scores
+
+
+@pytest.fixture
+def glue(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
+    """The overrides for small data and a small model, for one of the files in ``finetuning``."""
+
+    def overrides(name: str) -> list[str]:
+        data = corpus("scores" if name == "sts_b" else "sentences", tmp_path_factory.getbasetemp())
+        sizes = ["task.num_classes=3"] if name == "sts_b" else []
+        return [*SMALL, *sizes, f"task.data={data}", "checkpoint.restore_file=none.pt"]
+
+    return overrides
+
+
+def test_a_glue_file_at_radius_zero_is_the_base_run(glue: Callable[[str], list[str]], tmp_path: Path) -> None:
+    base, _ = hydra_train(CONFIG / "finetuning", tmp_path / "base", *glue("rte"), name="rte")
+    changed = [*glue("rte"), *OPTIMIZER, *SENTENCES, HEAD, CLASSES, "+optimizer.sam_rho=0"]
+    zero, _ = hydra_train(CONFIG / "finetuning", tmp_path / "zero", *changed, name="rte")
+    assert distance(base, zero) == 0
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in GLUE])
+def test_the_glue_files_by_overrides(glue: Callable[[str], list[str]], tmp_path: Path, name: str) -> None:
+    changed = [*OPTIMIZER, *SENTENCES, HEAD, *([] if name == "sts_b" else [CLASSES])]
+    saved, output = hydra_train(CONFIG / "finetuning", tmp_path, *glue(name), *changed, name=name)
+    assert "sam_sharpness" in output
+    assert saved["cfg"]["optimizer"]["weight_decay"] == 0.1
+    assert saved["cfg"]["criterion"]["regression_target"] == (name == "sts_b")
+
+
+def test_a_glue_file_edited(glue: Callable[[str], list[str]], tmp_path: Path) -> None:
+    config = OmegaConf.load(CONFIG / "finetuning" / "rte.yaml")
+    config.optimizer.update({"_name": "delta_sam", "base_optimizer": "adam"})
+    config.criterion.update({"_name": "delta_sam", "base_criterion": "sentence_prediction"})
+    config.criterion.update({"regression_target": False, "classification_head_name": "sentence_classification_head"})
+    OmegaConf.save(config, tmp_path / "mine.yaml")
+    assert "sam_sharpness" in hydra_train(tmp_path, tmp_path / "run", *glue("rte"), name="mine")[1]
+
+
+@pytest.mark.parametrize("edited", [False, True], ids=["overrides", "edited"])
+def test_the_masked_language_model(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, edited: bool) -> None:
+    """Its criterion is a string, which has no options to override: a whole section takes its place."""
+    overrides = [*SMALL, f"task.data={corpus('text', tmp_path_factory.getbasetemp())}", "task.tokens_per_sample=64"]
+    overrides += ["optimization.update_freq=[2]"]
+    folder = CONFIG / "pretraining"
+    if edited:
+        folder = tmp_path
+        config = OmegaConf.load(CONFIG / "pretraining" / "base.yaml")
+        config.criterion = {"_name": "delta_sam", "base_criterion": "masked_lm"}
+        config.optimizer.update({"_name": "delta_sam", "base_optimizer": "adam"})
+        OmegaConf.save(config, tmp_path / "base.yaml")
+    else:
+        overrides += [*OPTIMIZER, "criterion={_name:delta_sam,base_criterion:masked_lm}"]
+    saved, output = hydra_train(folder, tmp_path / "run", *overrides, name="base")
+    assert "sam_sharpness" in output
+    assert saved["cfg"]["optimizer"]["weight_decay"] == 0.01

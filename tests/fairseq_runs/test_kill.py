@@ -1,4 +1,4 @@
-"""A job killed at three in the morning."""
+"""Killed and interrupted runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_killed_run_continues_to_the_same_weights(translation_data: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, 20 times; the run still ends where the uninterrupted one does.
+    """SIGKILL at 20 random moments. The run still ends as the uninterrupted one does.
 
-    Without --update-epoch-batch-itr fairseq itself forms other batches in a run that was resumed after its first epoch.
+    Without --update-epoch-batch-itr fairseq itself forms other batches in a run that is resumed after its first epoch.
     """
     options = [*TRANSLATION, *ADAM, *delta(), "--label-smoothing", 0.1, "--update-freq", 2]
     options += ["--save-interval-updates", 2, "--keep-interval-updates", 2, "--no-epoch-checkpoints"]
@@ -44,7 +44,7 @@ def test_killed_run_continues_to_the_same_weights(translation_data: Path, tmp_pa
     for _ in range(KILLS):
         process = start(killed, 100_000)
         begin = updates(killed)
-        while updates(killed) == begin:  # at least one checkpoint further, then at any moment
+        while updates(killed) == begin:  # one more checkpoint, then any moment
             assert process.poll() is None
             time.sleep(0.05)
         time.sleep(draw.uniform(0, 1.5))
@@ -76,12 +76,12 @@ def newest(folder: Path) -> Path:
 
 
 def complete(folder: Path) -> bool:
-    """Whether checkpoint_last.pt can be read: a copy of another checkpoint, it is not written at one stroke."""
+    """Whether checkpoint_last.pt can be read: fairseq copies it from another checkpoint, not atomically."""
     return zipfile.is_zipfile(folder / "checkpoint_last.pt")
 
 
 def test_interrupt_from_the_keyboard(translation_data: Path, tmp_path: Path) -> None:
-    """Ctrl-C in the middle of everything, then on: the same run."""
+    """Ctrl-C at any moment, then resume: the same run."""
     options = [*TRANSLATION, *ADAM, *delta(), "--save-interval-updates", 1]
     whole = fairseq_train(translation_data, tmp_path / "whole", *options, updates=8)
     parts = tmp_path / "parts"

@@ -1,4 +1,4 @@
-"""The logged scalars: in fairseq's log, in TensorBoard's event files, and what they mean."""
+"""The logged scalars, in fairseq's log and in TensorBoard's event files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SCALARS = [f"sam_{name}" for name in ("sharpness", "ess", "weight_max", "ascent_
 
 
 def test_event_files(translation_data: Path, tmp_path: Path) -> None:
-    """Every scalar of the contract, at every update, read back by TensorBoard's own reader."""
+    """Every scalar at every update, read by TensorBoard's own reader."""
     options = [*TRANSLATION, *ADAM, *delta(rho=0.03), "--update-freq", 2, "--tensorboard-logdir", tmp_path / "logs"]
     fairseq_train(translation_data, tmp_path, *options, updates=4)
     values = scalars(tmp_path / "logs", *SCALARS)
@@ -27,7 +27,7 @@ def test_event_files(translation_data: Path, tmp_path: Path) -> None:
     assert all(0 < ess <= 1 for ess in values["sam_ess"])
     assert all(1 <= largest <= 16 for largest in values["sam_weight_max"])
     assert all(value > 0 for value in values["sam_sharpness"] + values["sam_ascent_gnorm"])
-    # First order: (L(w+ε) − L(w)) per target token, base 2, cannot exceed ρ‖∇L‖ by much so early in training.
+    # To first order (L(w+ε) − L(w)) per target token is at most ρ‖∇L‖.
     assert max(values["sam_sharpness"]) < 1.0
 
 
@@ -39,7 +39,7 @@ def test_uniform_weights_are_logged_as_such(translation_data: Path, tmp_path: Pa
 
 
 def test_sums_over_micro_batches_and_workers() -> None:
-    """One dictionary per micro-batch, or their sum as fairseq makes it over workers: the same scalars."""
+    """One dictionary per micro-batch gives the same scalars as their sum, which fairseq takes over workers."""
     first = {"loss": 20.0, "ntokens": 10, "sample_size": 10, "nll_loss": 18.0, "nsentences": 2, "sam_batches": 1}
     second = {"loss": 50.0, "ntokens": 30, "sample_size": 30, "nll_loss": 45.0, "nsentences": 4, "sam_batches": 1}
     first |= {"sam_sharpness": 2.0, "sam_ess": 0.5, "sam_weight_max": 3.0, "sam_ascent_gnorm": 4.0}

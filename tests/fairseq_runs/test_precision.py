@@ -1,4 +1,4 @@
-"""Half precision: where the perturbation comes from, what becomes of it, and what overflow does."""
+"""Half precision: masters, rounding and overflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
 from deltasam_plugin.batch.perturbation import BatchPerturbation
-from deltasam_plugin.fairseq.optimizer import pair_masters
+from deltasam_plugin.fairseq.parameters import fp32_copies
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.settings import Settings
 from tests.helpers.runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars, trained
@@ -70,24 +70,26 @@ def test_naive_half_precision_loses_the_perturbation() -> None:
         assert torch.equal(weight.parameter, before)
 
 
-def test_masters_are_found_flattened_or_not() -> None:
-    parameters = [torch.randn(3, 4).half(), torch.randn(5).half()]
-    copies = [parameter.float() for parameter in parameters]
+def test_fp32_copies_are_found_flattened_or_not() -> None:
+    model = torch.nn.Linear(4, 3).half()
+    copies = [parameter.detach().float() for parameter in model.parameters()]
     flat = torch.cat([copy.view(-1) for copy in copies])
     for given in (copies, [flat]):
-        for copy, master in zip(copies, pair_masters(parameters, given), strict=True):
-            assert master is not None
-            assert torch.equal(copy, master)
-    views = pair_masters(parameters, [flat])
+        found = fp32_copies([model], given)
+        assert list(found) == list(model.parameters())
+        assert all(own is not None and torch.equal(own, copy) for own, copy in zip(found.values(), copies))
     flat.zero_()
-    assert all(view is not None and not view.any() for view in views)
-    assert pair_masters(parameters, parameters) == [None, None]
+    assert not any(view is None or view.any() for view in found.values())
+    assert list(fp32_copies([model], list(model.parameters())).values()) == [None, None]
 
 
-def test_optimizer_with_other_parameters_is_refused() -> None:
-    message = r"The optimizer holds 1 tensors with 7 elements, the model and criterion 2 trainable ones with 5\."
+@pytest.mark.parametrize("given", [torch.zeros(7), torch.zeros(5)], ids=["more numbers", "other numbers"])
+def test_optimizer_with_other_parameters_is_refused(given: torch.Tensor) -> None:
+    message = (
+        rf"The optimizer holds 1 tensors with {len(given)} elements, the model and criterion 2 trainable ones with 5\."
+    )
     with pytest.raises(RuntimeError, match=message):
-        pair_masters([torch.zeros(2), torch.zeros(3)], [torch.zeros(7)])
+        fp32_copies([torch.nn.Linear(4, 1).half()], [given])
 
 
 def test_memory_efficient_mode_says_what_it_loses(
@@ -97,8 +99,8 @@ def test_memory_efficient_mode_says_what_it_loses(
     with caplog.at_level(logging.WARNING, logger="deltasam_plugin"):
         fairseq_train(translation_data, tmp_path, *options, *delta(), updates=2)
     (warning,) = [record.message for record in caplog.records if "without fp32 master weights" in record.message]
-    assert "a perturbation of rho=0.05 is 1.3e-04 per weight, the weights' own spacing about" in warning
-    assert "Use --fp16 without --memory-efficient-fp16, or --amp, to keep it." in warning
+    assert "a perturbation of rho=0.05 is 1.3e-04 per parameter, and the spacing of numbers is about" in warning
+    assert "To lose nothing, use --fp16 without --memory-efficient-fp16, or --amp." in warning
 
 
 def test_probes_in_half_precision_do_not_pose_as_curvature(

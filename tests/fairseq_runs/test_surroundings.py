@@ -1,4 +1,4 @@
-"""What fairseq's trainer does around the loss, and models that do unusual things within it."""
+"""Features of fairseq's trainer and models that act on the loss or the passes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_radius_zero_is_the_base_run(translation_data: Path, tmp_path: Path, nam
 
 
 def test_activation_checkpointing_changes_nothing_but_rounding(translation_data: Path, tmp_path: Path) -> None:
-    """As it does in the base run: gradients are added up in another order."""
+    """As in the base run: gradients are added in another order."""
     options = [*TRANSLATION, *delta(optimizer="sgd"), "--label-smoothing", 0.1]
     plain = fairseq_train(translation_data, tmp_path / "plain", *options)
     saving = fairseq_train(translation_data, tmp_path / "saving", *options, "--checkpoint-activations")

@@ -1,4 +1,4 @@
-"""Two real processes over gloo through fairseq-train."""
+"""fairseq-train in two real processes over gloo."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 import torch
 from deltasam_plugin import per_sample_losses
 
+torch.cuda.ByteTensor = torch.ByteTensor  # fairseq gathers objects through CUDA even on a CPU
+torch.Tensor.pin_memory = lambda tensor: tensor
+
 @register_criterion("spying_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig)
 class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
     def forward(self, model, sample, reduce=True):
@@ -32,7 +35,14 @@ class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
                 digest.update(parameter.detach().numpy().tobytes())
             with open(os.environ["SPY"], "a") as notes:
                 notes.write(digest.hexdigest() + "\\n")
+            calls = len(open(os.environ["SPY"]).readlines())
+            if os.environ["SPY"].endswith("notes1") and os.environ.get("MEMORY_ENDS_AT") == str(calls):
+                raise RuntimeError("out of memory (simulated)")
         return super().forward(model, sample, reduce)
+
+    @staticmethod
+    def logging_outputs_can_be_summed():
+        return "MEMORY_ENDS_AT" not in os.environ  # a sum would need an output of every worker
 
 @per_sample_losses("spying_label_smoothed_cross_entropy")
 def losses(criterion, model, sample, net_output):
@@ -42,7 +52,7 @@ def losses(criterion, model, sample, net_output):
 
 
 class Runs:
-    """fairseq-train in one or several processes on the same data, with a criterion that keeps notes."""
+    """fairseq-train in one or several processes, with a criterion that records the weights."""
 
     def __init__(self, root: Path, data: Path) -> None:
         self.root, self.data = root, data
@@ -50,7 +60,7 @@ class Runs:
         (root / "spying" / "__init__.py").write_text(SPYING_USER_DIR)
 
     def train(self, name: str, *options: object, workers: int) -> dict[str, Any]:
-        """The last checkpoint; and beside it what each worker's criterion saw, in ``notes``: w, w + ε, w, w + ε, …"""
+        """The last checkpoint, and in ``notes`` the weights that each worker saw: w, w + ε, w, w + ε, …"""
         folder = self.root / name
         folder.mkdir()
         command: list[object] = [Path(sys.executable).parent / "fairseq-train", self.data, *TRANSLATION, "--dropout", 0]
@@ -79,7 +89,7 @@ def runs(translation_data: Path, tmp_path: Path) -> Runs:
 
 
 def test_workers_stay_identical_and_perturb_each_for_itself(runs: Runs) -> None:
-    """m-sharpness: 50 updates on, all weights are the same bit for bit, all perturbations different."""
+    """m-sharpness: for 50 updates the weights agree bit for bit, and the perturbations differ."""
     final = runs.train("two", *ADAM, "--lr", 0.005, "--batch-size", 8, "--max-update", 51, workers=2)
     first, second = final["notes"]
     assert len(first) == 2 * 51
@@ -90,7 +100,7 @@ def test_workers_stay_identical_and_perturb_each_for_itself(runs: Runs) -> None:
 
 
 def test_two_workers_are_two_micro_batches(runs: Runs) -> None:
-    """Seven batches an epoch: one worker gets a dummy for the eighth, which must change nothing."""
+    """Seven batches an epoch: one worker gets a dummy batch as the eighth, which changes nothing."""
     options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--batch-size", 24]
     options += ["--max-update", 8]
     two = runs.train("two", *options, workers=2)
@@ -101,6 +111,19 @@ def test_two_workers_are_two_micro_batches(runs: Runs) -> None:
     for name in ("sam_sharpness", "sam_ess", "loss"):
         one, other = (scalars(final["logs"], name)[name] for final in (two, accumulated))
         assert one == pytest.approx(other, rel=0.02), name
+
+
+@pytest.mark.parametrize("call", [5, 6], ids=["ascent", "second pass"])
+def test_a_worker_that_runs_out_of_memory_takes_the_step_of_the_others(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """In the third update the second worker has no gradient of its own."""
+    monkeypatch.setenv("MEMORY_ENDS_AT", str(call))
+    options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--batch-size", 8]
+    first, second = runs.train("two", *options, "--max-update", 5, workers=2)["notes"]
+    assert second[4] == first[4]
+    assert first[6::2] == second[call::2]
+    assert len(first) == 10
 
 
 @pytest.fixture

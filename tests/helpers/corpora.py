@@ -1,4 +1,4 @@
-"""Small real data for every kind of criterion, from text to audio, and a training command for each criterion."""
+"""Small real data, from text to audio, and a training command for each criterion."""
 
 from __future__ import annotations
 
@@ -71,8 +71,19 @@ def sentences(folder: Path) -> None:
     _binarize(folder, "class", folder / "data" / "label")
 
 
+def scores(folder: Path) -> None:
+    """Sentences with three numbers each."""
+    for split, count, seed in (("train", 120, 2), ("valid", 24, 3)):
+        write_labels(folder / split, count, seed)
+        (folder / "data" / "label").mkdir(parents=True, exist_ok=True)
+        numbers = map(float, (folder / f"{split}.score").read_text().split())
+        lines = [f"{number} {1 - number} {number**2}\n" for number in numbers]
+        (folder / "data" / "label" / f"{split}.label").write_text("".join(lines))
+    _binarize(folder, "txt", folder / "data" / "input0")
+
+
 def ranked(folder: Path) -> None:
-    """Questions with two answers, of which one is right."""
+    """Questions with one right and one wrong answer."""
     for split, count, seed in (("train", 96, 4), ("valid", 16, 5)):
         draw = random.Random(seed)
         rows = [[draw.choices(WORDS, k=draw.randint(3, 9)) for _ in range(3)] for _ in range(count)]
@@ -105,7 +116,7 @@ def _write_letters(path: Path) -> None:
 
 
 def features(folder: Path) -> None:
-    """Filter-bank features of eight channels, with transcripts in letters."""
+    """Filter-bank features of eight channels, with transcripts by letters."""
     data = folder / "data"
     data.mkdir()
     (data / "config.yaml").write_text("vocab_filename: dict.txt\ninput_feat_per_channel: 8\ninput_channels: 1\n")
@@ -122,7 +133,7 @@ def features(folder: Path) -> None:
 
 
 def audio(folder: Path) -> None:
-    """Tones in noise as wav files, with transcripts in letters and with one unit for every 20 milliseconds."""
+    """Tones in noise as wav files, with transcripts by letters and one unit for every 20 milliseconds."""
     data = folder / "data"
     data.mkdir()
     _write_letters(data / "dict.ltr.txt")
@@ -144,7 +155,7 @@ def audio(folder: Path) -> None:
 
 
 CORPORA: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (aligned, text, sentences, ranked, features, audio)
+    function.__name__: function for function in (aligned, text, sentences, scores, ranked, features, audio)
 }
 
 
@@ -155,7 +166,7 @@ class Recipe:
     Attributes:
         criterion: name in fairseq.
         corpus: name of its data.
-        options: the command line; a relative path is one in the data folder.
+        options: the command line. Paths are relative to the data folder.
     """
 
     criterion: str
@@ -229,6 +240,7 @@ HUBERT += ["--labels", '["km"]', "--label-rate", RATE // FRAME, "--pred-nomask-w
 CTC: list[object] = ["--task", "audio_finetuning", "--arch", "wav2vec_ctc", "--labels", "ltr", *AUDIO]
 CTC += ["--w2v-path", Path("wav2vec2.pt"), "--apply-mask", "--mask-prob", 0.4, "--mask-length", 2, "--zero-infinity"]
 
+REGRESSION: list[object] = ["--regression-target", "--classification-head-name", "animals"]
 RDROP = "label_smoothed_cross_entropy_with_rdrop"
 RECIPES: dict[str, Recipe] = {
     "cross_entropy": Recipe("cross_entropy", "aligned", TRANSLATION),
@@ -253,6 +265,8 @@ RECIPES: dict[str, Recipe] = {
     "nat_loss insertion": Recipe(
         "nat_loss", "aligned", [*NAT, "--arch", "insertion_transformer", "--noise", "random_delete"]
     ),
+    "sentence_prediction": Recipe("sentence_prediction", "sentences", [*SENTENCES, "--num-classes", 2]),
+    "regression": Recipe("sentence_prediction", "scores", [*SENTENCES, "--num-classes", 3, *REGRESSION]),
     "sentence_prediction_adapters": Recipe("sentence_prediction_adapters", "sentences", ADAPTERS),
     "regularized": Recipe(
         "sentence_prediction",

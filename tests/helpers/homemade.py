@@ -1,4 +1,4 @@
-"""Things of a user's own that are easy to get wrong: a model inside a model, and a criterion with weights."""
+"""A model inside a model, a criterion with parameters, and tasks that freeze layers, as users write them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, tiny_architecture
+from fairseq.tasks import register_task
+from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor, nn
 
 from deltasam_plugin import per_sample_losses
 
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
+THAWING, FREEZING = "thawing_translation", "freezing_translation"
 
 
 @register_model(MODEL)
 class Wrapping(BaseFairseqModel):
-    """A Transformer called ``module``, as in a distributed wrapper, with a layer of its own behind it.
+    """A Transformer called ``module``, as in a distributed wrapper, and a layer after it.
 
-    Its random numbers are Python's and numpy's.
+    It draws random numbers from Python and numpy.
     """
 
     @staticmethod
@@ -58,7 +61,7 @@ register_model_architecture(MODEL, MODEL)(tiny_architecture)
 
 @register_criterion(CRITERION, dataclass=LabelSmoothedCrossEntropyCriterionConfig)
 class NormalizingCriterion(LabelSmoothedCrossEntropyCriterion):
-    """Label-smoothed cross-entropy with a layer of its own, which has the same name as the model's."""
+    """Label-smoothed cross-entropy with a layer that has the same name as the model's."""
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> NormalizingCriterion:
@@ -76,3 +79,20 @@ def normalizing_losses(criterion: Any, model: Any, sample: Any, net_output: Any)
     """As for label-smoothed cross-entropy."""
     losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return losses.view(sample["target"].size(0), -1).sum(dim=1)
+
+
+@register_task(THAWING, dataclass=TranslationConfig)
+class ThawingTask(TranslationTask):
+    """Translation with a frozen encoder in the first epoch."""
+
+    frozen_epoch = 1
+
+    def begin_epoch(self, epoch: int, model: Any) -> None:
+        model.encoder.requires_grad_(epoch != self.frozen_epoch)
+
+
+@register_task(FREEZING, dataclass=TranslationConfig)
+class FreezingTask(ThawingTask):
+    """Translation with a frozen encoder in the second epoch."""
+
+    frozen_epoch = 2

@@ -1,4 +1,4 @@
-"""The real fairseq-train, run inside this process on small text."""
+"""Run the real fairseq-train inside this process, on small text."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def fairseq_train(data: Path, save_dir: Path, *arguments: object, updates: int =
     """
     options: list[object] = ["--save-dir", save_dir, "--max-update", updates, "--cpu", "--seed", 3, "--lr", 0.01]
     options += ["--batch-size", 16, "--num-workers", 0, "--log-format", "json", "--log-interval", 1]
-    # Without its buffer's thread, which crops audio by numpy's generator while the model may draw from it too.
+    # No buffer thread: it crops audio by numpy's generator while the model may draw from it too.
     options += ["--data-buffer-size", 0]
     options += ["--user-dir", USER_DIR]
     try:
@@ -100,13 +100,13 @@ def scalars(logdir: Path, *names: str) -> dict[str, list[float]]:
     return {name: [event.value for event in events.Scalars(name)] for name in names}
 
 
-# Of fairseq 0.12.2: a buffer that it saves uninitialised, and copies of an encoder layer's weights for fast inference,
-# which training leaves alone: zeros until a checkpoint is loaded, then that checkpoint's weights.
+# fairseq 0.12.2 saves an uninitialised buffer, and copies of an encoder layer's weights for fast inference. Training
+# does not change the copies: they are zero until a checkpoint is loaded, then that checkpoint's weights.
 _UNTRAINED = re.compile(r".*\._float_tensor|.*\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)")
 
 
 def trained(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a model's state, the weights and statistics that training determines."""
+    """The weights and statistics of a model that training determines."""
     return {name: value for name, value in weights.items() if not _UNTRAINED.fullmatch(name)}
 
 
@@ -131,7 +131,7 @@ def assert_same_model(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def assert_batches_of_one_are_sam(train: Callable[..., dict[str, Any]]) -> None:
-    """With one sample in a batch its worst case is the batch's.
+    """With batches of one sample, instance mode is SAM.
 
     Args:
         train: called with a name and further options; returns the last checkpoint of a run with batches of one.

@@ -1,1 +1,1 @@
-"""Per-sample losses of fairseq's criterions: the registry, and one function for each criterion."""
+"""Per-sample losses of fairseq's criterions: a registry, and one function for each criterion."""

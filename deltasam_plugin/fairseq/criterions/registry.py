@@ -1,8 +1,8 @@
-"""Per-sample losses of fairseq's criterions: one small adaptor for each.
+"""The registry of per-sample loss functions: one function for each criterion of fairseq.
 
-A base criterion runs as it is and logs what it always logs. Its adaptor looks at what the model returned in that same
-run and says which sample contributed how much: the SUM over the sample's tokens, exactly as it enters the criterion's
-loss. The first training batch of every run checks that the sum over the samples is the criterion's own loss.
+The base criterion runs and logs as usual. Its per-sample loss function gets what the model returned in that run, and
+returns each sample's part of the loss: the SUM over the sample's tokens, exactly as it enters the criterion's loss. The
+first training batch of every run checks that these parts add up to the criterion's own loss.
 
 A criterion of your own needs one function:
 
@@ -12,7 +12,7 @@ A criterion of your own needs one function:
     def my_criterion(criterion, model, sample, net_output):
         return criterion.token_losses(net_output, sample["target"]).sum(dim=1)
 
-The adaptors of fairseq's own criterions are in the package ``adaptors``.
+The functions for fairseq's own criterions are in ``tokens``, ``sentences`` and ``speech``.
 """
 
 from __future__ import annotations
@@ -33,85 +33,87 @@ PER_SAMPLE_LOSSES: dict[str, PerSampleLosses] = {}
 CALLS: dict[str, Sequence[str]] = {}
 
 REFUSED: dict[str, str] = {
-    "composite_loss": "it builds another criterion inside, averages its losses over several outputs, and is not the "
-    "object that is trained",
+    "composite_loss": "it builds another criterion inside and averages its losses over several outputs",
     "fastspeech2": "its terms are means over all frames and over all tokens of the batch",
-    "latency_augmented_label_smoothed_cross_entropy": "its latency terms are computed by the package simuleval, which "
+    "latency_augmented_label_smoothed_cross_entropy": "the package simuleval computes its latency terms and "
     "returns their sum over the batch",
     "legacy_masked_lm_loss": "it adds a mean over the tokens of the batch to a mean over its sentence pairs; the task "
     "masked_lm trains with masked_lm, which is supported",
-    "model": "the model computes its losses itself and returns them reduced over the batch",
+    "model": "the model computes the losses itself and returns their sum over the batch",
     "speech_dlm_criterion": "it weights several channels and divides by the numbers of edges in the whole batch",
-    "speech_to_spectrogram": "its terms are means over all frames of the batch, and auxiliary tasks run criterions of "
-    "their own on parts of the model",
+    "speech_to_spectrogram": "its terms are means over all frames of the batch, and auxiliary tasks run criterions "
+    "of their own on parts of the model",
     "speech_to_spectrogram_2pass": "its terms are means over all frames of the batch, and auxiliary tasks run "
     "criterions of their own on parts of the model",
     "speech_to_unit": "auxiliary tasks run criterions of their own on parts of the model, and give batch totals",
     "speech_to_unit_2pass": "auxiliary tasks run criterions of their own on parts of the model, and give batch totals",
-    "speech_unit_lm_criterion": "no adaptor has been written and tested for its three streams (unit, duration, F0)",
+    "speech_unit_lm_criterion": "no per-sample loss function is written for its three streams (unit, duration, F0)",
     "tacotron2": "its terms are means over all frames of the batch",
     "vocab_parallel_cross_entropy": "it splits the vocabulary over several workers, and δ-SAM needs whole parameters",
 }
 
 
 def per_sample_losses(name: str, calls: Sequence[str] = ()) -> Callable[[PerSampleLosses], PerSampleLosses]:
-    """Register the adaptor of a criterion.
+    """Register the per-sample loss function of a criterion.
 
-    The adaptor is called as ``adaptor(criterion, model, sample, *outputs)``, with what the model returned during the
-    criterion's forward, one output per call of the model, in order. It returns the per-sample losses, shape (B,), with
-    graph; or a pair of these and a scalar, the part of the loss that belongs to the batch and to no sample (a diversity
-    term, say), which is minimized and ascended but has no part in the weights. Where layers of the model see only a
-    selection of all positions (masked tokens), a third element, ``[rows]``, says which sample each selected position
-    belongs to, for ``--sam-perturbation instance``. The adaptor must draw no random numbers, use no
-    weights and change nothing: what the criterion asks of the model beyond its output is recorded, with `calls`, and
-    not computed anew.
+    It is called as ``function(criterion, model, sample, *outputs)``. The outputs are what the model returned during the
+    criterion's forward, one for each call of the model, in order. It must not draw random numbers, run layers of the
+    model, or change anything. If the criterion calls more of the model than its forward, name that in `calls`.
+
+    It returns one of
+
+    - the per-sample losses, shape (B,), with graph;
+    - a pair of these and a scalar, the shared part of the loss, which belongs to no sample (a diversity term, say). It
+      is minimized and ascended but does not change the weights of the samples;
+    - a triple of losses, shared part (or None) and ``[rows]``, for models with layers that see only selected positions
+      (masked tokens). The rows name the sample of each selected position. ``--sam-perturbation instance`` needs them.
 
     Args:
-        name: under which the criterion is registered in fairseq.
+        name: the criterion's name in fairseq.
         calls: methods and submodules of the model, by dotted path, such as ``get_normalized_probs`` or
-            ``decoder.adaptive_softmax``. What they return stands among the outputs, in the order in which they return.
-            One that a model does not have, or that is not called, is left out.
+            ``decoder.adaptive_softmax``. What they return is added to the outputs, in the order in which they return.
+            A part that the model does not have, or that is not called, adds nothing.
 
     Raises:
-        ValueError: the name has an adaptor already.
+        ValueError: this criterion already has a per-sample loss function.
     """
 
-    def register(adaptor: PerSampleLosses) -> PerSampleLosses:
+    def register(function: PerSampleLosses) -> PerSampleLosses:
         if name in PER_SAMPLE_LOSSES:
             raise ValueError(
-                f"Criterion {name!r} has an adaptor already, in {PER_SAMPLE_LOSSES[name].__module__}. "
+                f"Criterion {name!r} already has a per-sample loss function, in {PER_SAMPLE_LOSSES[name].__module__}. "
                 "Register yours under the name of your own criterion."
             )
-        PER_SAMPLE_LOSSES[name] = adaptor
+        PER_SAMPLE_LOSSES[name] = function
         CALLS[name] = tuple(calls)
-        return adaptor
+        return function
 
     return register
 
 
 def per_sample_losses_of(name: str) -> PerSampleLosses:
-    """The adaptor of a criterion.
+    """The per-sample loss function of a criterion.
 
     Raises:
-        ValueError: it has none; the message says why, where that is known, and how to add one.
+        ValueError: there is none. The message gives the reason, if known, and how to add one.
     """
     if name not in PER_SAMPLE_LOSSES:
         reason = f": {REFUSED[name]}" if name in REFUSED else ""
         raise ValueError(
             f"Criterion {name!r} (--base-criterion) gives no per-sample losses{reason}. Choose one of: "
-            f"{', '.join(sorted(PER_SAMPLE_LOSSES))}; or add an adaptor for it in your own --user-dir with "
-            f"@deltasam_plugin.per_sample_losses({name!r})."
+            f"{', '.join(sorted(PER_SAMPLE_LOSSES))}; or write a per-sample loss function for it in your own "
+            f"--user-dir, with @deltasam_plugin.per_sample_losses({name!r})."
         )
     return PER_SAMPLE_LOSSES[name]
 
 
 @contextmanager
 def recorded_outputs(model: nn.Module, name: str | None = None) -> Iterator[list[Any]]:
-    """Within this context, everything the model returns is appended to the yielded list.
+    """Within this context, what the model returns is appended to the yielded list.
 
     Args:
-        model: not wrapped for distributed training.
-        name: of a criterion, whose adaptor may ask for more than the model's output.
+        model: without the wrapper for distributed training.
+        name: of the criterion; what its per-sample loss function needs beyond the model's output is recorded too.
     """
     outputs: list[Any] = []
     with ExitStack() as stack:
@@ -153,24 +155,39 @@ def _recorded_call(model: nn.Module, path: str, outputs: list[Any]) -> Iterator[
                 vars(owner)[last] = before
 
 
-def objective_of(loss: Tensor, adapted: Tensor | tuple[Any, ...]) -> Objective:
-    """The criterion's loss, as a scalar, together with what its adaptor returned."""
+def objective_of(loss: Tensor, parts: Tensor | tuple[Any, ...]) -> Objective:
+    """The criterion's loss as a scalar, and what its per-sample loss function returned."""
     loss = loss.reshape(())  # adaptive_loss gives (1,)
-    return Objective(loss, *adapted) if isinstance(adapted, tuple) else Objective(loss, adapted)
+    return Objective(loss, *parts) if isinstance(parts, tuple) else Objective(loss, parts)
 
 
-def check_sum(name: str, objective: Objective) -> None:
-    """Compare the sum over the samples, and the shared part, with the criterion's own loss.
+def check(name: str, objective: Objective, sample: Any) -> None:
+    """Check that there is one loss for each sentence, and that they add up to the criterion's own loss.
+
+    Args:
+        name: of the criterion.
+        objective: its per-sample losses and shared part beside its own loss.
+        sample: the batch.
 
     Raises:
-        RuntimeError: they differ by more than rounding.
+        RuntimeError: there are more or fewer losses, or the sums differ by more than rounding.
     """
+    losses = objective.losses.numel()
+    # Two counts, because the task denoising gives the length of a sentence as nsentences. Some tasks give neither.
+    given = sample if isinstance(sample, dict) else {}
+    counts = [int(given["nsentences"])] if "nsentences" in given else []
+    counts += [given["id"].numel()] if torch.is_tensor(given.get("id")) else []
+    if counts and losses not in counts:
+        raise RuntimeError(
+            f"Criterion {name!r} gives {losses} per-sample losses for a batch of {counts[-1]} sentences. Must be one "
+            "loss for each sentence, summed over its tokens or targets. Fix the per-sample loss function."
+        )
     parts = [objective.losses] if objective.shared is None else [objective.losses, objective.shared]
     values = torch.cat([part.detach().double().view(-1) for part in parts])
     total, magnitude, own = values.sum().item(), values.abs().sum().item(), objective.loss.detach().item()
     if abs(total - own) > 1e-3 * max(magnitude, abs(own)):
         raise RuntimeError(
-            f"The adaptor of criterion {name!r} gives per-sample losses that sum to {total:.6g}, but the criterion's "
-            f"own loss is {own:.6g}. They must be equal: every sample's losses summed over its tokens, neither "
-            "averaged nor weighted. Mend the adaptor."
+            f"The per-sample losses of criterion {name!r} sum to {total:.6g}, but the criterion's own loss is "
+            f"{own:.6g}. They must be equal: sum each sample's loss over its tokens, without average or weights. Fix "
+            "the per-sample loss function."
         )

@@ -1,4 +1,4 @@
-"""Criterions with one prediction for each sentence."""
+"""Criterions that predict a class, a rank or numbers for each sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def _classified(
     logits = net_output[0]
     targets = model.get_targets(sample, [logits]).view(-1)
     if criterion.regression_target:
-        losses = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+        errors = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+        losses = errors.view(len(logits), -1).sum(dim=1)  # a sentence may have several targets
     else:
         losses = F.nll_loss(F.log_softmax(logits, dim=-1, dtype=torch.float32), targets, reduction="none")
     return losses, torch.stack(regularizers).sum() if regularizers else None
@@ -32,7 +33,7 @@ def _ranked(criterion: Any, model: Any, sample: Any, *candidates: Any) -> Tensor
     if criterion.prediction_h is not None:
         raise ValueError(
             f"Invalid save_predictions={criterion.prediction_h.name!r} (--save-predictions): in training every pass of "
-            "δ-SAM would write its predictions there. Remove it, and use it with fairseq-validate."
+            "δ-SAM would write its predictions there. Remove the option, and give it to fairseq-validate instead."
         )
     logits = torch.cat([scores for scores, _ in candidates], dim=1)
     targets = model.get_targets(sample, [logits]).view(-1)

@@ -1,7 +1,7 @@
 """Criterions of speech models: CTC, and the contrastive and masked predictions of pre-training.
 
-Predictions come as one long list of frames, and the adaptors find out to which sample each frame belongs. Penalties
-that are means over the whole batch (diversity of the code book, size of the features) are a shared term.
+The model returns the predictions of all samples as one list of frames. The functions here find the sample of each
+frame. Penalties that are means over the whole batch (diversity of the code book, size of the features) are shared.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def _contrastive(criterion: Any, model: Any, sample: Any, *outputs: Any) -> tupl
         samples, batch = _samples_of_masked(net_output["x"], before[0][1]), net_output["x"].size(1)
     else:
         raise ValueError(
-            f"Criterion 'wav2vec' with the model {type(model).__name__}: only those of wav2vec and wav2vec 2.0 are "
-            "supported, whose predictions can be told apart into samples. Use one of these, or register a criterion "
-            "of your own with an adaptor."
+            f"Criterion 'wav2vec' with the model {type(model).__name__}: its predictions cannot be assigned to "
+            "samples. Use a model of wav2vec or wav2vec 2.0, or register a criterion of your own with a per-sample "
+            "loss function."
         )
     if criterion.infonce:
         losses = F.cross_entropy(logits, target, reduction="none")
@@ -84,7 +84,7 @@ def _contrastive(criterion: Any, model: Any, sample: Any, *outputs: Any) -> tupl
 
 
 def _samples_of_masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """wav2vec 2.0 has logits (M·B, N + 1), masked frame by masked frame; it made (B, M) of these by reshaping."""
+    """wav2vec 2.0: logits are (M·B, N + 1), time first. The model reshaped the masked frames to (B, M)."""
     _, batch, frames = x.shape
     if mask is None:
         return torch.arange(batch, device=x.device).repeat(frames)
@@ -92,7 +92,7 @@ def _samples_of_masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _samples_of_steps(criterion: Any, model: Any, logits: Tensor, frames: int, batch: int) -> Tensor:
-    """wav2vec predicts several steps ahead: one block per step, (T, B, N + 1) with InfoNCE, else (N + 1, B, T)."""
+    """wav2vec: one block for each step that is predicted, (T, B, N + 1) with InfoNCE, else (N + 1, B, T)."""
     samples = torch.arange(batch, device=logits.device)
     if criterion.infonce:
         return samples.repeat(len(logits) // batch)
@@ -111,7 +111,7 @@ def _masked_units(
     if hasattr(model, "downsample_modules"):
         raise ValueError(
             f"Criterion 'hubert' with the model {type(model).__name__}: it masks every resolution in another way, and "
-            "its predictions cannot be told apart into samples. Use the model hubert."
+            "its predictions cannot be assigned to samples. Use the model hubert."
         )
     total, size = torch.zeros(len(mask), device=mask.device), 0
     rows = [(~padding & chosen).nonzero()[:, 0] for chosen in (mask, ~mask)]
@@ -129,7 +129,7 @@ def _masked_units(
 
 
 def _shared(criterion: Any, penalties: Tensor | Iterable[Tensor | None] | None, size: Tensor | int) -> Tensor | None:
-    """The penalties, weighted as the criterion weights them (it has made one weight for each already)."""
+    """The sum of the penalties with the criterion's weights. It has extended these to one for each penalty."""
     if penalties is None:
         return None
     if torch.is_tensor(penalties):

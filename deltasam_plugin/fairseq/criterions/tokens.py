@@ -1,4 +1,4 @@
-"""Criterions that sum, or average, over the target tokens of a sequence."""
+"""Criterions that sum or average over the target tokens of a sequence."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
 
 
 class RecordedProbabilities:
-    """A model that has been asked for its probabilities already, and gives the same answers again.
+    """A model whose probabilities are already computed. It returns them again.
 
     Args:
-        model: for everything else.
-        log_probabilities: as it returned them.
-        probabilities: the same, where it was asked for these too.
+        model: answers everything else.
+        log_probabilities: what the model returned.
+        probabilities: what the model returned without the logarithm, if it was called so.
     """
 
     def __init__(self, model: Any, log_probabilities: Tensor, probabilities: Tensor | None = None) -> None:
@@ -27,7 +27,7 @@ class RecordedProbabilities:
         self._answers = {True: log_probabilities, False: probabilities}
 
     def get_normalized_probs(self, net_output: Any, log_probs: bool, sample: Any = None) -> Tensor | None:
-        """What the model returned."""
+        """The recorded probabilities."""
         return self._answers[log_probs]
 
     def __getattr__(self, name: str) -> Any:
@@ -35,12 +35,15 @@ class RecordedProbabilities:
 
 
 def summed_by_sample(losses: Tensor, samples: Tensor, batch: int) -> Tensor:
-    """The sum of each sample's losses, (B,).
+    """The sum of each sample's losses.
 
     Args:
         losses: (N,), in any order.
-        samples: which sample each belongs to, integer (N,).
-        batch: B.
+        samples: the sample of each loss, integer (N,).
+        batch: B, the number of samples.
+
+    Returns:
+        The sums, shape (B,).
     """
     total = torch.zeros(batch, dtype=torch.float64, device=losses.device)
     return total.index_add(0, samples, losses.double()).to(losses.dtype)
@@ -68,7 +71,7 @@ def _aligned(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: T
 
 @per_sample_losses("label_smoothed_cross_entropy_with_rdrop", calls=["get_normalized_probs"])
 def _twice(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *answers: Any) -> Tensor:
-    # Sample i is rows i and B + i: the criterion sends the batch through the model twice, with different dropout.
+    # The criterion doubles the batch for two dropout masks: sample i has rows i and B + i.
     batch = sample["target"].size(0)
     flat, target = criterion.get_lprobs_and_target(RecordedProbabilities(model, lprobs), net_output, sample)
     losses, _ = label_smoothed_nll_loss(flat, target, criterion.eps, criterion.padding_idx, reduce=False)
@@ -87,9 +90,9 @@ def _adaptive(
     criterion: Any, model: Any, sample: Any, net_output: Any, softmax: Any
 ) -> tuple[Tensor, None, list[Tensor]]:
     target = model.get_targets(sample, net_output)
-    _, selections = model.decoder.adaptive_softmax.adapt_target(target.view(-1))  # for the rarer words, by cluster
-    everyone = torch.arange(target.numel(), device=target.device)
-    rows = [None if chosen is None else chosen // target.size(1) for chosen in [everyone, *selections]]
+    _, selections = model.decoder.adaptive_softmax.adapt_target(target.view(-1))  # the rarer words, by cluster
+    all_tokens = torch.arange(target.numel(), device=target.device)
+    rows = [None if chosen is None else chosen // target.size(1) for chosen in [all_tokens, *selections]]
     total = net_output[0].new_zeros(target.size(0))
     for logits, labels, samples in zip(*softmax, rows):
         if samples is not None:
@@ -102,7 +105,7 @@ def _adaptive(
 def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> tuple[Tensor, None, list[Tensor]]:
     target, logits = sample["target"], net_output[0].view(-1, net_output[0].size(-1))
     selected = target.ne(criterion.padding_idx)
-    if len(logits) == target.numel():  # where no token is masked, the model predicts them all
+    if len(logits) == target.numel():  # no token is masked: the model predicts all of them
         selected = torch.ones_like(selected)
     losses = cross_entropy(logits, target[selected], ignore_index=criterion.padding_idx, reduction="none")
     rows = selected.nonzero()[:, 0]
@@ -111,18 +114,18 @@ def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> tuple[T
 
 @per_sample_losses("nat_loss")
 def _imitation(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
-    # The loss is a sum of means over tokens, so that a sample's part is its tokens' share of each mean.
+    # The loss is a sum of means over tokens. A sample's loss is the share of its own tokens in each mean.
     batch = sample["target"].size(0)
     total = torch.zeros(batch, device=sample["target"].device)
     for name, part in net_output.items():
         if part.get("loss") is not None:
             raise ValueError(
-                f"Criterion 'nat_loss' with a model that returns {name!r} averaged over the batch already "
-                f"({type(model).__name__}): it cannot be told apart into samples. Use another architecture, such as "
+                f"Criterion 'nat_loss' with a model that returns {name!r} already averaged over the batch "
+                f"({type(model).__name__}): it cannot be split into samples. Use another architecture, such as "
                 "nonautoregressive_transformer."
             )
         outputs, targets, mask = part["out"], part["tgt"], part.get("mask")
-        samples = torch.arange(outputs.size(0), device=outputs.device) % batch  # several steps stand one below another
+        samples = torch.arange(outputs.size(0), device=outputs.device) % batch  # several steps are stacked
         if mask is not None:
             outputs, targets, samples = outputs[mask], targets[mask], mask.nonzero()[:, 0] % batch
         if len(outputs) == 0:

@@ -34,6 +34,11 @@ class Coverage:
         self._attempts: dict[str, int] = {}
         self._warned = 0
 
+    @property
+    def uncovered(self) -> list[Tensor]:
+        """The parameters that stay unperturbed."""
+        return [self._parameters[name] for name in self._uncovered]
+
     def covers(self, target: ParameterSlice) -> bool:
         """Whether the parameter is perturbed."""
         return target.name not in self._uncovered

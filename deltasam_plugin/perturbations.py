@@ -49,6 +49,11 @@ class Perturbations:
         """Where the parameters are."""
         return {perturbed.parameter.device for perturbed in self._parameters}
 
+    @property
+    def uncovered(self) -> list[Tensor]:
+        """The parameters that instance mode leaves unperturbed, as far as is known."""
+        return [] if self._engine is None else self._engine.uncovered
+
     def fit(self, parameters: Sequence[Tensor], settings: Settings) -> bool:
         """Whether these are the perturbations of `parameters` by `settings`."""
         return settings == self._settings and [*map(id, parameters)] == [id(p.parameter) for p in self._parameters]

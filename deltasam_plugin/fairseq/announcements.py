@@ -1,9 +1,11 @@
 """What the log says about δ-SAM at the start of a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.weighting import ROUNDING_FACTOR
@@ -11,6 +13,36 @@ from deltasam_plugin.precision import coarsest, observed_dtypes, spacing
 from deltasam_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
+
+
+class TrainedBy(NamedTuple):
+    """The names in fairseq of what trains the model."""
+
+    task: str | None
+    criterion: str | None
+    optimizer: str
+
+
+def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor], uncovered: Iterable[Tensor]) -> str:
+    """One line about the run.
+
+    Args:
+        names: of task, criterion and base optimizer.
+        settings: of δ-SAM.
+        perturbed: the trained parameters.
+        uncovered: those of them that instance mode leaves unperturbed.
+    """
+    mode: dict[str, Any] = {"rho": settings.rho, "perturbation": settings.perturbation}
+    if settings.perturbation == "batch":
+        mode["weighting"] = settings.weighting
+        if settings.weighting == "curvature":
+            mode["probes"] = settings.probes
+    total, left_out = (sum(parameter.numel() for parameter in group) for group in (perturbed, uncovered))
+    count = f"{total - left_out:,} parameters perturbed"
+    if settings.perturbation == "instance":
+        count += f", {left_out:,} ({left_out / max(total, 1):.2%}) not covered"
+    listed = ", ".join(f"{name}={value}" for name, value in mode.items())
+    return f"δ-SAM: {names.optimizer} minimizes {names.criterion}, {listed}, {count}"
 
 
 def warn_of_half_precision(parameters: Sequence[PerturbedParameter], settings: Settings) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser, Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -32,11 +33,15 @@ class BaseOptions:
     Args:
         registry: ``optimizer`` or ``criterion``.
         own: the dataclass with δ-SAM's own options, including ``base_<registry>``.
+        supported: whether δ-SAM can wrap the component of this name. Messages offer no others.
     """
 
-    def __init__(self, registry: str, own: type[FairseqDataclass]) -> None:
+    def __init__(
+        self, registry: str, own: type[FairseqDataclass], supported: Callable[[str], bool] = lambda name: True
+    ) -> None:
         self.registry = registry
         self.own = own
+        self.supported = supported
 
     @property
     def components(self) -> dict[str, type]:
@@ -118,17 +123,17 @@ class BaseOptions:
         if base not in self.components:
             raise ValueError(
                 f"Unknown base_{self.registry}={base!r} (--base-{self.registry}). "
-                f"Choose one of: {', '.join(sorted(self.components))}."
+                f"Choose one of: {', '.join(sorted(filter(self.supported, self.components)))}."
             )
         content: Any = OmegaConf.to_container(cfg, resolve=True, enum_to_str=True)
         given = {name: content[name] for name, default in self.defaults().items() if content.get(name) != default}
         options = self.options_of(base)
         others = set().union(*(_options_of_section(cfg, name) for name in _root(cfg) if name != self.registry))
         for name in sorted(given.keys() - options.keys() - others):
-            owners = sorted(component for component in self.components if name in self.options_of(component))
+            owners = sorted(c for c in self.components if self.supported(c) and name in self.options_of(c))
             raise ValueError(
-                f"Invalid option {name}={given[name]!r}: the base {self.registry} {base!r} has no such option. "
-                f"Remove it, or choose a base that has it: {', '.join(owners)}."
+                f"Invalid option {name}={given[name]!r}: the base {self.registry} {base!r} has no such option. Remove "
+                + (f"it, or choose a base that has it: {', '.join(owners)}." if owners else "it.")
             )
         given = {name: value for name, value in given.items() if name in options}
         dataclass = self.dataclass_of(base)

@@ -4,31 +4,32 @@ fairseq gets an instance of the base criterion's class, under the base's own nam
 the base's own. Only ``forward`` in training is δ-SAM's.
 """
 
-import math
 from argparse import ArgumentParser
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fairseq import utils
 from fairseq.criterions import FairseqCriterion, register_criterion
 from fairseq.dataclass import FairseqDataclass
-from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deltasam_plugin.fairseq.config import NAME, BaseOptions
 from deltasam_plugin.fairseq.criterions.registry import (
+    PER_SAMPLE_LOSSES,
     PerSampleLosses,
     check,
     objective_of,
     per_sample_losses_of,
     recorded_outputs,
 )
+from deltasam_plugin.fairseq.errors import one_message
 from deltasam_plugin.fairseq.optimizer import active_optimizer
+from deltasam_plugin.fairseq.parameters import named_parameters
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from deltasam_plugin.loss import Objective, Statistics, sharpness_aware_loss
+from deltasam_plugin.fairseq.scalars import PREFIX, log_entries, log_scalars
+from deltasam_plugin.loss import Objective, sharpness_aware_loss
 
 
 @dataclass
@@ -38,10 +39,7 @@ class DeltaSAMCriterionConfig(FairseqDataclass):
     )
 
 
-OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig)
-
-MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm")  # averaged over micro-batches and workers
-BATCHES = "sam_batches"
+OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig, PER_SAMPLE_LOSSES.__contains__)
 
 
 class SharpnessAwareCriterion(FairseqCriterion):
@@ -76,7 +74,8 @@ class SharpnessAwareCriterion(FairseqCriterion):
             if not results:  # replays run this too; the ascent forward is the first
                 results.append(result)
             if not self._checked:
-                check(self._base_name, found, sample)
+                with one_message():
+                    check(self._base_name, found, sample)
                 self._checked = True
             return found
 
@@ -89,36 +88,20 @@ class SharpnessAwareCriterion(FairseqCriterion):
                 return objective(model)[0].losses.sum()
             return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
 
-        with optimizer.forward_pass():
+        with optimizer.backward_passes.forward_pass():
             perturbations = optimizer.perturbations(inner, self)
             loss, statistics = sharpness_aware_loss(first, second, perturbations.of_batch(), perturbations.devices)
-        loss.register_hook(optimizer.backward_begins)
+        optimizer.backward_passes.follow(loss, named_parameters(inner, self))
         sample_size, logging_output = results[0]
-        for item in fields(Statistics):
-            logging_output[f"sam_{item.name}"] = getattr(statistics, item.name)
-        logging_output[BATCHES] = 1
+        logging_output.update(log_entries(statistics, optimizer.settings))
         return loss, sample_size, logging_output
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Log the base criterion's scalars, and in training δ-SAM's."""
-        own = [{key: log[key] for key in log if not key.startswith("sam_")} for log in logging_outputs]
+        own = [{key: log[key] for key in log if not key.startswith(PREFIX)} for log in logging_outputs]
         super().reduce_metrics(own)  # without ours, because wav2vec logs every entry
-        totals = {
-            key: sum(log.get(key, 0) for log in logging_outputs)
-            for key in [BATCHES, "sample_size", *(f"sam_{item.name}" for item in fields(Statistics))]
-        }
-        batches, sample_size = utils.item(totals[BATCHES]), totals["sample_size"]
-        if batches == 0:
-            return
-        if sample_size:
-            metrics.log_scalar(
-                "sam_sharpness", totals["sam_sharpness"] / sample_size / math.log(2), sample_size, 610, round=6
-            )
-        for name in MEANS:
-            metrics.log_scalar(f"sam_{name}", totals[f"sam_{name}"] / batches, batches, 620, round=6)
-        metrics.log_scalar_sum("sam_skipped", totals["sam_skipped"], 630)
-        metrics.log_scalar_sum("sam_probes_failed", totals["sam_probes_failed"], 630)
+        log_scalars(logging_outputs)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -152,9 +135,10 @@ class FairseqDeltaSAMCriterion(FairseqCriterion):
         Raises:
             ValueError: the base does not exist or has no per-sample losses, or the optimizer is not δ-SAM's.
         """
-        refuse_unsupported(cfg._get_root())
-        name, base, base_cfg = OPTIONS.base_config(cfg)
-        losses = per_sample_losses_of(name)
+        with one_message():
+            refuse_unsupported(cfg._get_root())
+            name, base, base_cfg = OPTIONS.base_config(cfg)
+            losses = per_sample_losses_of(name)
         criterion: Any = sharpness_aware(base).build_criterion(base_cfg, task)
         criterion._per_sample_losses = losses
         criterion._base_name = name

@@ -5,12 +5,12 @@ step. fairseq gets an instance of the base's class, under the base's own name. S
 of the base optimizer, and the other way round.
 """
 
+import logging
 import weakref
 from argparse import ArgumentParser
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from itertools import chain
+from typing import Any
 
 from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_group, get_data_parallel_world_size
@@ -21,12 +21,16 @@ from torch import Tensor, nn
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
-from deltasam_plugin.fairseq.announcements import warn_of_half_precision
+from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
+from deltasam_plugin.fairseq.backward import BackwardPasses
 from deltasam_plugin.fairseq.config import NAME, BaseOptions
-from deltasam_plugin.fairseq.parameters import TrainedParameters
+from deltasam_plugin.fairseq.errors import Unsupported, one_message
+from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters
 from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
 from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.settings import PERTURBATIONS, Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,19 +72,11 @@ def active_optimizer() -> "SharpnessAwareOptimizer":
     """
     optimizer = _latest() if _latest is not None else None
     if optimizer is None:
-        raise RuntimeError(
+        raise Unsupported(
             "Criterion 'delta_sam' trains without its optimizer. Did you forget --optimizer delta_sam "
             "(with --base-optimizer for the optimizer you had)?"
         )
     return optimizer
-
-
-class TrainedBy(NamedTuple):
-    """The names in fairseq of what trains the model."""
-
-    task: str | None
-    criterion: str | None
-    optimizer: str
 
 
 class SharpnessAwareOptimizer(FairseqOptimizer):
@@ -89,41 +85,22 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     settings: Settings
     names: TrainedBy
     parameters: TrainedParameters
-    gradient_ready: bool = False  # whether a sharpness-aware backward pass has run since the last step
+    backward_passes: BackwardPasses
     _warned: bool = False
+    _announced: bool = False
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
-
-    @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """A forward pass of the criterion in training.
-
-        If it fails, the next step needs no gradient of it: fairseq drops a batch that runs out of memory, and takes the
-        step with the gradients of the other workers.
-        """
-        try:
-            yield
-        except BaseException:
-            self.gradient_ready = True
-            raise
-
-    def backward_begins(self, gradient: Tensor) -> None:
-        """Hook on the loss."""
-        self.gradient_ready = True
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """The base optimizer's step.
 
         Raises:
-            RuntimeError: no sharpness-aware backward pass came before it.
+            RuntimeError: the gradient does not come from sharpness-aware backward passes alone.
         """
-        if not self.gradient_ready:
-            names = self.names
-            raise RuntimeError(
-                f"Task {names.task!r} takes an optimizer step without a sharpness-aware gradient: its train_step does "
-                "not take the loss from criterion(model, sample). Use a task that does, or train without δ-SAM: "
-                f"--optimizer {names.optimizer} --criterion {names.criterion}."
-            )
-        self.gradient_ready = False
+        self.backward_passes.check_step()
+        if not self._announced:
+            uncovered = chain(*(perturbations.uncovered for _, perturbations in self._perturbations.values()))
+            logger.info(start_line(self.names, self.settings, self.parameters.perturbed, uncovered))
+            self._announced = True
         super().step(*args, **kwargs)
 
     def perturbations(self, *modules: nn.Module) -> Perturbations:
@@ -134,14 +111,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             self._warned = True
         known, perturbations = self._perturbations.get(modules, (None, None))
         if perturbations is None or known is not parameters:
-            names = {
-                parameter: prefix + name
-                for prefix, module in zip(("", "criterion."), modules, strict=True)
-                for name, parameter in module.named_parameters()
-            }
-            named = {names[item.parameter]: item for item in parameters}  # type: ignore[index]
+            perturbed = {item.parameter: item for item in parameters}
+            every = named_parameters(*modules)
+            named = {name: perturbed[parameter] for name, parameter in every if parameter in perturbed}
             checks = None if perturbations is None else perturbations.checks
-            perturbations = Perturbations(named, self.settings, list(names), self.workers, checks)
+            leaves = [parameter for _, parameter in every]
+            perturbations = Perturbations(named, self.settings, leaves, self.workers, checks)
             self._perturbations[modules] = parameters, perturbations
         return perturbations
 
@@ -179,17 +154,19 @@ class FairseqDeltaSAM(FairseqOptimizer):
                 parameters would be sharded.
         """
         global _latest
-        settings = Settings(
-            cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation, cfg.sam_sync
-        )
         root = cfg._get_root()
-        refuse_unsupported(root)
-        name, base, base_cfg = OPTIONS.base_config(cfg)
+        with one_message():
+            settings = Settings(
+                cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation, cfg.sam_sync
+            )
+            refuse_unsupported(root)
+            name, base, base_cfg = OPTIONS.base_config(cfg)
         params = list(params)
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
         task, criterion = option(root, "task", "_name"), option(root, "criterion", "base_criterion")
         optimizer.names = TrainedBy(task, criterion, name)
+        optimizer.backward_passes = BackwardPasses(optimizer.names)
         optimizer.parameters = TrainedParameters(params)
         optimizer._perturbations = {}
         _latest = weakref.ref(optimizer)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.fairseq.errors import Unsupported
 
 
 class TrainedParameters:
@@ -47,6 +48,19 @@ class TrainedParameters:
             self._lists[modules] = key, [PerturbedParameter(p, copies[p], id(p) in rewritten) for p in trained]
         return self._lists[modules][1]
 
+    @property
+    def perturbed(self) -> list[Tensor]:
+        """The parameters that were perturbed so far, each once."""
+        items = chain(*(items for _, items in self._lists.values()))
+        return list({item.parameter: None for item in items})
+
+
+def named_parameters(model: nn.Module, criterion: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of model and criterion, each once, under different names."""
+    names = {parameter: f"criterion.{name}" for name, parameter in criterion.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()} | names
+    return [(name, parameter) for parameter, name in names.items()]
+
 
 def fp32_copies(modules: Sequence[nn.Module], given: Sequence[Tensor]) -> dict[Tensor, Tensor | None]:
     """Match the parameters of model and criterion with the tensors that the optimizer was given.
@@ -76,7 +90,7 @@ def fp32_copies(modules: Sequence[nn.Module], given: Sequence[Tensor]) -> dict[T
             pairs = list(zip(candidates, copies, strict=True))
             if all(torch.equal(p, copy.to(p.dtype)) for p, copy in pairs):
                 return dict(pairs)
-    raise RuntimeError(
+    raise Unsupported(
         f"The optimizer holds {len(given)} tensors with {sum(tensor.numel() for tensor in given)} elements, the model "
         f"and criterion {len(trainable)} trainable ones with {sum(p.numel() for p in trainable)}. δ-SAM must find "
         "every parameter whole in this process, and the fp32 copy of each if there are any. Use --ddp-backend "

@@ -10,6 +10,9 @@ from deltasam_plugin.fairseq.config import NAME
 
 WHOLE = "δ-SAM needs every parameter whole in each process"
 ALIKE = "δ-SAM needs gradients that are exchanged at every update"
+OUTSIDE = (
+    "it adds loss terms outside the criterion, where δ-SAM does not see them. Use another task, or train without δ-SAM."
+)
 REFUSED: list[tuple[str, str, str | int, str]] = [
     # section, option, the refused name or the largest allowed number, reason and remedy
     ("distributed_training", "ddp_backend", "fully_sharded", f"{WHOLE}. Use legacy_ddp or pytorch_ddp."),
@@ -19,8 +22,8 @@ REFUSED: list[tuple[str, str, str | int, str]] = [
     ("common", "tpu", 0, "δ-SAM replays random numbers, which it cannot do on a TPU. Leave it out. (--bf16 on the "
      "command line implies it. In fairseq-hydra-train common.bf16 does not.)"),
     ("common", "model_parallel_size", 1, f"{WHOLE}. Leave it out."),
-    ("task", "_name", "multilingual_translation_latent_depth", "it adds loss terms outside the criterion, "
-     "where δ-SAM does not see them. Use another task, or train without δ-SAM."),
+    ("task", "_name", "multilingual_translation_latent_depth", OUTSIDE),
+    ("task", "_name", "speech_to_text_head_selection", OUTSIDE),
     ("model", "quant_noise_scalar", 0, "every forward pass would count as an update, and probes would change "
      "the scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip

@@ -36,6 +36,11 @@ class Coverage:
         self._verified: set[str] = set()
         self._warned = 0
 
+    @property
+    def uncovered(self) -> list[Tensor]:
+        """The parameters that stay unperturbed."""
+        return [self._parameters[name] for name in self._uncovered]
+
     def covers(self, part: ParameterSlice | None) -> bool:
         """Whether the parameter is one, and perturbed."""
         return part is not None and part.name not in self._uncovered

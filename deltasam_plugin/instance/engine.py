@@ -87,6 +87,11 @@ class InstanceEngine:
         """All that is to be perturbed, covered or not."""
         return list(self._parameters.values())
 
+    @property
+    def uncovered(self) -> list[Tensor]:
+        """The parameters that stay unperturbed."""
+        return self._coverage.uncovered
+
     @contextmanager
     def recording(self, rows: Sequence[Tensor] = ()) -> Iterator[Tape]:
         """Record a forward pass.

@@ -9,7 +9,7 @@ import fairseq
 import pytest
 from omegaconf import OmegaConf
 
-from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, per_sample_losses
+from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, REFUSED, per_sample_losses
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from tests.helpers.corpora import corpus, small
 from tests.helpers.runs import ADAM, HALF, SMOOTHED, TRANSLATION, base, delta, fairseq_train
@@ -103,6 +103,12 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
     [
         ("distributed_training", "ddp_backend", "fully_sharded", "Invalid ddp_backend='fully_sharded' (--"),
         ("distributed_training", "pipeline_model_parallel", True, "Invalid pipeline_model_parallel=True (--pipeline-"),
+        (
+            "task",
+            "_name",
+            "speech_to_text_head_selection",
+            "Invalid task='speech_to_text_head_selection' (--task): it adds",
+        ),
         ("common", "tpu", True, "Invalid tpu=True (--tpu): δ-SAM replays random numbers, which it cannot do on a TPU."),
         (
             "common",
@@ -115,6 +121,14 @@ def test_refused_at_start_up(translation_data: Path, tmp_path: Path, case: str) 
 def test_what_this_machine_cannot_start_is_refused(section: str, option: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         refuse_unsupported(OmegaConf.create({section: {option: value}}))
+
+
+@pytest.mark.parametrize("case", ["unknown criterion", "foreign criterion option"])
+def test_refused_criterions_are_not_offered(translation_data: Path, tmp_path: Path, case: str) -> None:
+    with pytest.raises(ValueError, match=r"Choose one of|choose a base") as error:
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *ERRORS[case][0])
+    assert "label_smoothed_cross_entropy_with_alignment" in str(error.value)
+    assert not [name for name in REFUSED if f"{name}," in str(error.value)]
 
 
 def test_per_sample_losses_that_do_not_sum_to_the_loss(
@@ -166,7 +180,7 @@ def test_a_task_that_does_not_call_the_criterion(translation_data: Path, tmp_pat
     """Nothing else would tell that the base optimizer trains alone."""
     message = (
         "Task 'translation_moe' takes an optimizer step without a sharpness-aware gradient: its train_step does not "
-        "take the loss from criterion(model, sample). Use a task that does, or train without δ-SAM: --optimizer adam "
+        "take the loss from criterion(model, sample). Use another task, or train without δ-SAM: --optimizer adam "
         "--criterion label_smoothed_cross_entropy."
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):

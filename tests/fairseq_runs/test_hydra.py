@@ -100,8 +100,8 @@ SMALL += ["dataset.disable_validation=true", "+model.encoder_layers=1", "+model.
 SMALL += ["+model.encoder_ffn_embed_dim=32", "+model.encoder_attention_heads=2", f"common.user_dir={USER_DIR}"]
 OPTIMIZER = ["optimizer._name=delta_sam", "+optimizer.base_optimizer=adam"]
 SENTENCES = ["criterion._name=delta_sam", "+criterion.base_criterion=sentence_prediction"]
-# The task refers to these two options of the criterion before fairseq imports the plugin.
-HEAD = "+criterion.classification_head_name=sentence_classification_head"
+# The task refers to two options of the criterion before fairseq imports the plugin.
+SENTENCES += ["+criterion.classification_head_name=sentence_classification_head"]
 CLASSES = "+criterion.regression_target=false"
 GLUE = [path.stem for path in sorted((CONFIG / "finetuning").glob("*.yaml"))]
 QUICK = ("rte", "sts_b")  # one file with classes, and the only one with scores
@@ -121,14 +121,14 @@ def glue(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]
 
 def test_a_glue_file_at_radius_zero_is_the_base_run(glue: Callable[[str], list[str]], tmp_path: Path) -> None:
     base, _ = hydra_train(CONFIG / "finetuning", tmp_path / "base", *glue("rte"), name="rte")
-    changed = [*glue("rte"), *OPTIMIZER, *SENTENCES, HEAD, CLASSES, "+optimizer.sam_rho=0"]
+    changed = [*glue("rte"), *OPTIMIZER, *SENTENCES, CLASSES, "+optimizer.sam_rho=0"]
     zero, _ = hydra_train(CONFIG / "finetuning", tmp_path / "zero", *changed, name="rte")
     assert distance(base, zero) == 0
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in GLUE])
 def test_the_glue_files_by_overrides(glue: Callable[[str], list[str]], tmp_path: Path, name: str) -> None:
-    changed = [*OPTIMIZER, *SENTENCES, HEAD, *([] if name == "sts_b" else [CLASSES])]
+    changed = [*OPTIMIZER, *SENTENCES, *([] if name == "sts_b" else [CLASSES])]
     saved, output = hydra_train(CONFIG / "finetuning", tmp_path, *glue(name), *changed, name=name)
     assert "sam_sharpness" in output
     assert saved["cfg"]["optimizer"]["weight_decay"] == 0.1
@@ -146,7 +146,7 @@ def test_a_glue_file_edited(glue: Callable[[str], list[str]], tmp_path: Path) ->
 
 @pytest.mark.parametrize("edited", [False, True], ids=["overrides", "edited"])
 def test_the_masked_language_model(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, edited: bool) -> None:
-    """Its criterion is a string, which has no options to override: a whole section takes its place."""
+    """Its criterion is a string. The override puts a section in its place."""
     overrides = [*SMALL, f"task.data={corpus('text', tmp_path_factory.getbasetemp())}", "task.tokens_per_sample=64"]
     overrides += ["optimization.update_freq=[2]"]
     folder = CONFIG / "pretraining"
@@ -161,3 +161,13 @@ def test_the_masked_language_model(tmp_path_factory: pytest.TempPathFactory, tmp
     saved, output = hydra_train(folder, tmp_path / "run", *overrides, name="base")
     assert "sam_sharpness" in output
     assert saved["cfg"]["optimizer"]["weight_decay"] == 0.01
+
+
+def test_a_refusal_is_one_message(translation_data: Path, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "fairseq-hydra-train"), "--config-dir", str(EXAMPLE)]
+    command += ["--config-name", "translation", f"task.data={translation_data}", f"common.user_dir={USER_DIR}"]
+    command += ["common.cpu=true", "optimizer.sam_rho=-1"]
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 1
+    assert "\nInvalid rho=-1.0 (--sam-rho). Must be a finite number >= 0" in refused.stderr
+    assert "Traceback" not in refused.stderr

@@ -89,9 +89,8 @@ def test_resumed_run_is_the_uninterrupted_one(translation_data: Path, tmp_path: 
     resumed = fairseq_train(translation_data, tmp_path / "parts", *options, updates=6)
     if "--fp16" not in precision:  # fairseq itself resumes fp16 from rounded weights
         assert_same_model(whole, resumed)
-    logged = scalars(tmp_path / "logs", "sam_eps_norm", "sam_ess", "sam_sharpness", "sam_ascent_gnorm_std")
+    logged = scalars(tmp_path / "logs", "sam_eps_norm", "sam_sharpness", "sam_ascent_gnorm_std")
     assert logged["sam_eps_norm"] == pytest.approx([0.05] * 6, rel=1e-3)
-    assert logged["sam_ess"] == [1.0] * 6
     assert all(value > 0 for value in logged["sam_sharpness"] + logged["sam_ascent_gnorm_std"])
 
 

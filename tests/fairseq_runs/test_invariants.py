@@ -150,7 +150,7 @@ def test_bleu_in_validation(translation_data: Path, tmp_path: Path) -> None:
     whole = fairseq_train(translation_data, tmp_path / "whole", *options, *delta(), updates=4)
     fairseq_train(translation_data, tmp_path / "parts", *options, *delta(), updates=2)
     assert_same_model(whole, fairseq_train(translation_data, tmp_path / "parts", *options, *delta(), updates=4))
-    path = ["--path", tmp_path / "parts" / "checkpoint_best.pt", "--user-dir", USER_DIR]
+    path = ["--path", tmp_path / "parts" / "checkpoint_last.pt", "--user-dir", USER_DIR]
     generated = command("fairseq-generate", translation_data, *path, "--batch-size", 8, "--cpu", "--beam", 2)
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.count("\nH-") == 24

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.logging import metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from deltasam_plugin.fairseq.announcements import TrainedBy, start_line
 from deltasam_plugin.fairseq.criterion import sharpness_aware
-from tests.helpers.runs import ADAM, TRANSLATION, delta, fairseq_train, scalars
+from deltasam_plugin.loss import Statistics
+from deltasam_plugin.settings import Settings
+from tests.helpers.runs import ADAM, INSTANCE, TRANSLATION, delta, fairseq_train, scalars
 
 SCALARS = [f"sam_{name}" for name in ("sharpness", "ess", "weight_max", "ascent_gnorm", "eps_norm", "skipped")]
 
@@ -31,11 +37,50 @@ def test_event_files(translation_data: Path, tmp_path: Path) -> None:
     assert max(values["sam_sharpness"]) < 1.0
 
 
-def test_uniform_weights_are_logged_as_such(translation_data: Path, tmp_path: Path) -> None:
-    options = [*TRANSLATION, *ADAM, *delta(), "--sam-weighting", "uniform", "--tensorboard-logdir", tmp_path / "logs"]
-    fairseq_train(translation_data, tmp_path, *options, updates=2)
-    values = scalars(tmp_path / "logs", "sam_ess", "sam_weight_max")
-    assert values == {"sam_ess": [1.0, 1.0], "sam_weight_max": [1.0, 1.0]}
+LINES = {
+    "curvature": (
+        ["--sam-probes", 2],
+        "perturbation=batch, weighting=curvature, probes=2, 139,008 parameters perturbed",
+    ),
+    "uniform": (["--sam-weighting", "uniform"], "perturbation=batch, weighting=uniform, 139,008 parameters perturbed"),
+    "instance": (INSTANCE, "perturbation=instance, 139,008 parameters perturbed, 0 (0.00%) not covered"),
+}
+
+
+@pytest.mark.parametrize("mode", LINES)
+def test_one_line_at_the_start(
+    translation_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: str
+) -> None:
+    options, line = LINES[mode]
+    with caplog.at_level(logging.INFO, logger="deltasam_plugin"):
+        fairseq_train(translation_data, tmp_path, *TRANSLATION, *delta(optimizer="sgd"), *options, updates=2)
+    (message,) = [record.message for record in caplog.records if record.name.startswith("deltasam_plugin")]
+    assert message == f"δ-SAM: sgd minimizes label_smoothed_cross_entropy, rho=0.05, {line}"
+
+
+def test_the_line_names_what_is_not_covered() -> None:
+    names, settings = TrainedBy("task", "cross_entropy", "adam"), Settings(perturbation="instance")
+    parameters = [torch.zeros(1000), torch.zeros(24)]
+    assert start_line(names, settings, parameters, parameters[1:]).endswith(
+        "1,000 parameters perturbed, 24 (2.34%) not covered"
+    )
+
+
+WEIGHTS, SPREAD = ["sam_ess", "sam_weight_max"], ["sam_ascent_gnorm_std"]
+CONSTANT = {"uniform": ["--sam-weighting", "uniform"], "instance": INSTANCE, "radius zero": [*INSTANCE, "--sam-rho", 0]}
+LEFT_OUT = {"uniform": [*WEIGHTS, *SPREAD], "instance": WEIGHTS, "radius zero": SPREAD}
+
+
+@pytest.mark.parametrize("mode", CONSTANT)
+def test_constants_are_not_logged(translation_data: Path, tmp_path: Path, mode: str) -> None:
+    """At radius zero no sample is perturbed, and the batch is probed as in batch mode."""
+    options = [*TRANSLATION, *ADAM, *delta(), *CONSTANT[mode], "--tensorboard-logdir", tmp_path / "logs"]
+    fairseq_train(translation_data, tmp_path, *options, "--update-freq", 2, updates=2)
+    expected = {f"sam_{item.name}" for item in fields(Statistics)} - set(LEFT_OUT[mode])
+    events = EventAccumulator(str(tmp_path / "logs" / "train_inner"))
+    events.Reload()
+    assert {tag for tag in events.Tags()["scalars"] if tag.startswith("sam_")} == expected
+    assert all(len(series) == 2 for series in scalars(tmp_path / "logs", *expected).values())
 
 
 def test_sums_over_micro_batches_and_workers() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from deltasam_plugin import per_sample_losses
 
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
+REGULARIZED = "regularized_translation"
 THAWING, FREEZING = "thawing_translation", "freezing_translation"
 
 
@@ -96,3 +97,15 @@ class FreezingTask(ThawingTask):
     """Translation with a frozen encoder in the second epoch."""
 
     frozen_epoch = 2
+
+
+@register_task(REGULARIZED, dataclass=TranslationConfig)
+class RegularizedTask(TranslationTask):
+    """Translation that pulls the encoder's parameters to zero."""
+
+    def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, *_: Any, **__: Any) -> Any:
+        model.train()
+        loss, sample_size, logging_output = criterion(model, sample)
+        loss += sum(parameter.square().sum() for parameter in model.encoder.parameters())
+        optimizer.backward(loss)
+        return loss, sample_size, logging_output

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
+from deltasam_plugin.fairseq.errors import InvalidValue
 
 REGULARIZERS = ["_get_adaptive_head_loss", "_get_adaptive_ffn_loss"]
 
@@ -31,7 +32,7 @@ def _classified(
 @per_sample_losses("sentence_ranking")
 def _ranked(criterion: Any, model: Any, sample: Any, *candidates: Any) -> Tensor:
     if criterion.prediction_h is not None:
-        raise ValueError(
+        raise InvalidValue(
             f"Invalid save_predictions={criterion.prediction_h.name!r} (--save-predictions): in training every pass of "
             "δ-SAM would write its predictions there. Remove the option, and give it to fairseq-validate instead."
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
 from deltasam_plugin.fairseq.criterions.tokens import _token_losses, summed_by_sample
+from deltasam_plugin.fairseq.errors import InvalidValue
 
 
 @per_sample_losses("ctc", calls=["get_normalized_probs"])
@@ -62,7 +63,7 @@ def _contrastive(criterion: Any, model: Any, sample: Any, *outputs: Any) -> tupl
     elif "x" in net_output and before:
         samples, batch = _samples_of_masked(net_output["x"], before[0][1]), net_output["x"].size(1)
     else:
-        raise ValueError(
+        raise InvalidValue(
             f"Criterion 'wav2vec' with the model {type(model).__name__}: its predictions cannot be assigned to "
             "samples. Use a model of wav2vec or wav2vec 2.0, or register a criterion of your own with a per-sample "
             "loss function."
@@ -109,7 +110,7 @@ def _masked_units(
 ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     mask, padding = masking[1], net_output["padding_mask"]
     if hasattr(model, "downsample_modules"):
-        raise ValueError(
+        raise InvalidValue(
             f"Criterion 'hubert' with the model {type(model).__name__}: it masks every resolution in another way, and "
             "its predictions cannot be assigned to samples. Use the model hubert."
         )

@@ -11,6 +11,7 @@ from fairseq.modules import cross_entropy
 from torch import Tensor
 
 from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
+from deltasam_plugin.fairseq.errors import InvalidValue
 
 
 class RecordedProbabilities:
@@ -119,7 +120,7 @@ def _imitation(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tens
     total = torch.zeros(batch, device=sample["target"].device)
     for name, part in net_output.items():
         if part.get("loss") is not None:
-            raise ValueError(
+            raise InvalidValue(
                 f"Criterion 'nat_loss' with a model that returns {name!r} already averaged over the batch "
                 f"({type(model).__name__}): it cannot be split into samples. Use another architecture, such as "
                 "nonautoregressive_transformer."

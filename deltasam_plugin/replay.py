@@ -13,8 +13,8 @@ import random
 import threading
 import traceback
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -168,6 +168,18 @@ class ThreadState:
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
         torch.set_autocast_cache_enabled(cache)
+
+
+@contextmanager
+def unchanged_versions(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """For forward passes while the graph of an earlier one is alive, which leave the parameters what they are.
+
+    Some write to them all the same (``max_norm`` of an embedding), and autograd would then refuse the earlier graph.
+    """
+    with ExitStack() as stack:
+        for parameter in parameters:
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(parameter))
+        yield
 
 
 @dataclass(frozen=True)

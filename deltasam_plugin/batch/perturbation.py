@@ -25,7 +25,7 @@ from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses, leaves_of, visible_leaves
 from deltasam_plugin.precision import at_least_float32, coarsest, observed_dtypes
-from deltasam_plugin.replay import Conditions
+from deltasam_plugin.replay import Conditions, unchanged_versions
 from deltasam_plugin.settings import Settings
 
 
@@ -68,14 +68,16 @@ class BatchPerturbation:
         with observed_dtypes(p.parameter for p in self._parameters) as dtypes:
             objective = forward()
         check_losses(objective.losses)
+        tensors = [p.parameter for p in self._parameters]
         if self._checks is not None:
-            with rewound(self._parameters, rewritten):
+            with unchanged_versions(tensors), rewound(self._parameters, rewritten):
                 self._checks.replay(objective, forward, conditions, dtypes)
         dtype = coarsest(dtypes)
         curvature: tuple[Tensor, Tensor] | None = None
         failed = torch.zeros((), device=objective.losses.device)
         if self._settings.weighting == "curvature":
-            around = *self._probe(objective, forward, conditions, rewritten), objective.losses
+            with unchanged_versions(tensors):
+                around = *self._probe(objective, forward, conditions, rewritten), objective.losses
             curvature = second_difference(*around), rounding_floor(*around, torch.finfo(dtype).eps)
             failed = (~(around[0] + around[1]).isfinite() & objective.losses.isfinite()).any(dim=1).sum()
             if self._checks is not None:

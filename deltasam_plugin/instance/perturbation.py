@@ -12,7 +12,7 @@ from deltasam_plugin.checks import Checks
 from deltasam_plugin.instance.engine import InstanceEngine
 from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses
 from deltasam_plugin.precision import observed_dtypes
-from deltasam_plugin.replay import Conditions
+from deltasam_plugin.replay import Conditions, unchanged_versions
 
 
 class InstancePerturbation:
@@ -37,7 +37,8 @@ class InstancePerturbation:
             objective = forward()
         check_losses(objective.losses)
         if self._checks is not None:
-            self._checks.replay(objective, forward, conditions, dtypes)
+            with unchanged_versions(self._engine.parameters):
+                self._checks.replay(objective, forward, conditions, dtypes)
         if objective.shared is not None:
             raise ValueError(
                 "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample: it has no "

@@ -201,9 +201,6 @@ class InstanceEngine:
             if call.perturbed:
                 with torch.autocast(y.device.type, enabled=False):
                     y = layer.perturb_output(call, x, y, perturbation)
-                unsure = call.grouping.unsure
-                if unsure is not None and bool(perturbation.steps.any()):
-                    y.register_hook(lambda gradient: _refuse_late_rows(call, unsure, gradient))
             if not pending:
                 perturbation.release()
                 once.clear()
@@ -259,18 +256,6 @@ def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) ->
         if gradient is not None and plan.perturbed:
             plan.layer.accumulate(plan, call.x, gradient.detach(), found)
     return found
-
-
-def _refuse_late_rows(call: PlannedCall, unsure: Tensor, gradient: Tensor) -> None:
-    """A row between those of two samples that has no gradient at w must have none at the perturbed weights either."""
-    size = gradient.detach().abs().reshape(len(unsure), -1).amax(1)
-    if bool((size * unsure).max() > torch.finfo(size.dtype).eps ** 0.5 * size.max()):
-        raise RuntimeError(
-            f"Per-instance perturbation: {call.key} has rows of leading sizes {call.leading_shape} for "
-            f"{call.grouping.batch} samples in no recognizable order, and one that no loss depends on at w, but at the "
-            "perturbed weights. Say which sample each row is from (rows=... in Python, the third result of a "
-            f"per-sample loss function). Otherwise {REMEDY}."
-        )
 
 
 def _not_a_replay(call: PlannedCall | None, key: CallKey | None = None, leading_shape: tuple[int, ...] = ()) -> str:

@@ -26,13 +26,11 @@ class Grouping:
         leading_shape: sizes of the leading dimensions, whose product is N.
         batch: B.
         rows_per_sample: T, the most rows that one sample has.
-        unsure: which rows (N,) may belong to another sample, for all that is known; None if none may.
     """
 
     leading_shape: tuple[int, ...]
     batch: int
     rows_per_sample: int
-    unsure: Tensor | None = None
 
     def group(self, rows: Tensor) -> Tensor:
         """(N, ...) to (B, T, ...), missing rows as zeros. A view where strides allow it."""
@@ -94,10 +92,9 @@ class Listed(Grouping):
     Args:
         owners: the sample of each row, integer, shape leading_shape.
         batch: B.
-        unsure: which rows (N,) may belong to another sample, for all that is known; None if none may.
     """
 
-    def __init__(self, owners: Tensor, batch: int, unsure: Tensor | None = None) -> None:
+    def __init__(self, owners: Tensor, batch: int) -> None:
         index = owners.flatten()
         counts = torch.bincount(index, minlength=batch)
         starts = counts.cumsum(0) - counts
@@ -105,7 +102,6 @@ class Listed(Grouping):
         positions = torch.empty_like(index)
         positions[order] = torch.arange(len(index), device=index.device) - starts[index[order]]
         self.leading_shape, self.batch, self.rows_per_sample = tuple(owners.shape), batch, int(counts.max())
-        self.unsure = unsure
         self._where = index, positions
 
     def group(self, rows: Tensor) -> Tensor:

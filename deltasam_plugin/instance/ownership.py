@@ -103,11 +103,10 @@ class Ownership:
             else:
                 self._layouts[call.key] = []
                 listed[call.leading_shape][i] = owners
-        for shape, entries in listed.items():
+        for entries in listed.values():
             for i, owners in _completed(entries).items():
-                grouping = _in_runs(owners.reshape(shape), batch, calls[i].x.device)
-                found[i] = grouping
-                if grouping is None:
+                found[i] = _grouping(calls[i], owners, batch)
+                if found[i] is None:
                     reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
         for i, candidates in ambiguous.items():  # they differ on rows without gradient
             alike = [
@@ -180,23 +179,48 @@ def _completed(entries: dict[int, Tensor]) -> dict[int, Tensor]:
     return dict.fromkeys(entries, together)
 
 
-def _in_runs(owners: Tensor, batch: int, device: torch.device) -> Grouping | None:
-    """The grouping of rows in no order, some of them unknown.
+def _grouping(call: RecordedCall, owners: Tensor, batch: int) -> Grouping | None:
+    """The grouping of rows that fit no known layout, or None if it cannot be told.
 
-    A row without gradient may get one at the perturbed weights. Its owner is known if the rows of each sample follow
-    each other: that of the rows around it. Between two samples it is one of the two. Padding is mostly there.
+    A row that has no gradient at w may have one at the perturbed weights. It belongs to the sample that some regular order
+    gives it, (r // n) mod B, if exactly one such order agrees with all known rows. Otherwise the rows of each
+    sample must follow each other: then it belongs to the sample of the rows around it. Between two samples it is taken
+    for nobody's if its perturbation is zero anyway, as that of padding is.
     """
-    flat = owners.flatten().tolist()
-    known = [i for i, owner in enumerate(flat) if owner != NOBODY]
-    if len(known) == len(flat):
-        return Listed(owners.to(device), batch)
-    runs = [flat[i] for n, i in enumerate(known) if n == 0 or flat[i] != flat[known[n - 1]]]
+    count = len(owners)
+    known = (owners != NOBODY).nonzero().flatten().tolist()
+    if len(known) < count:
+        rows = torch.arange(count)
+        orders = {n: rows // n % batch for n in range(1, count // batch + 1) if count % (batch * n) == 0}
+        fitting = [order for order in orders.values() if torch.equal(order[known], owners[known])]
+        if len(fitting) == 1:
+            owners = fitting[0]
+        elif (filled := _filled(owners, known, _unperturbed_rows(call))) is None:
+            return None
+        else:
+            owners = filled
+    return Listed(owners.reshape(call.leading_shape).to(call.x.device), batch)
+
+
+def _filled(owners: Tensor, known: list[int], unperturbed: Tensor) -> Tensor | None:
+    """Owners of all rows, where those of each sample follow each other; None if they do not, or one is left open."""
+    values = owners.tolist()
+    runs = [values[i] for n, i in enumerate(known) if n == 0 or values[i] != values[known[n - 1]]]
     if len(set(runs)) < len(runs):
         return None
-    filled, unsure, bounds = list(flat), [False] * len(flat), [-1, *known, len(flat)]
-    for before, after in itertools.pairwise(bounds):
-        left = flat[before] if before >= 0 else flat[after]
-        right = flat[after] if after < len(flat) else left
-        for i in range(before + 1, after):
-            filled[i], unsure[i] = left, left != right or len(set(runs)) < batch
-    return Listed(torch.tensor(filled, device=device).reshape(owners.shape), batch, torch.tensor(unsure, device=device))
+    for before, after in itertools.pairwise([-1, *known, len(values)]):
+        inside = before >= 0 and after < len(values) and values[before] == values[after]
+        if not inside and not bool(unperturbed[before + 1 : after].all()):
+            return None
+        values[before + 1 : after] = [values[before if before >= 0 else after]] * (after - before - 1)
+    return torch.tensor(values)
+
+
+def _unperturbed_rows(call: RecordedCall) -> Tensor:
+    """Rows (N,) to which no perturbation of the parameters adds anything."""
+    count = math.prod(call.leading_shape)
+    if call.layer.name == "embedding" and call.options[0] is not None:
+        return (call.x.reshape(count) == call.options[0]).cpu()
+    if call.layer.name == "linear" and call.key.bias is None:
+        return (call.x.reshape(count, -1) == 0).all(1).cpu()
+    return torch.zeros(count, dtype=torch.bool)

@@ -182,10 +182,10 @@ def _completed(entries: dict[int, Tensor]) -> dict[int, Tensor]:
 def _grouping(call: RecordedCall, owners: Tensor, batch: int) -> Grouping | None:
     """The grouping of rows that fit no known layout, or None if it cannot be told.
 
-    A row that has no gradient at w may have one at the perturbed weights. It belongs to the sample that some regular order
-    gives it, (r // n) mod B, if exactly one such order agrees with all known rows. Otherwise the rows of each
-    sample must follow each other: then it belongs to the sample of the rows around it. Between two samples it is taken
-    for nobody's if its perturbation is zero anyway, as that of padding is.
+    A row that has no gradient at w may have one at the perturbed weights. If exactly one regular order, (r // n) mod B,
+    agrees with all known rows, it tells the owner. Otherwise the rows of each sample must follow each other. The row
+    then belongs to the sample of the rows around it. Between two samples it must be one that no perturbation moves, as
+    padding is.
     """
     count = len(owners)
     known = (owners != NOBODY).nonzero().flatten().tolist()

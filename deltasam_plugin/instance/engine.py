@@ -24,6 +24,8 @@ from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, intercept_layers
+from deltasam_plugin.loss import check_losses
+from deltasam_plugin.precision import at_least_float32
 from deltasam_plugin.replay import forward_only
 
 ALWAYS_CHECKED = 16  # batches; later the powers of two
@@ -120,10 +122,8 @@ class InstanceEngine:
             ValueError: losses are not of shape (B,).
             RuntimeError: more than 1 % of the weights are used in ways that are not covered, or samples are mixed.
         """
-        if losses.dim() != 1 or losses.numel() == 0:
-            raise ValueError(
-                f"Invalid per-sample losses of shape {tuple(losses.shape)}. Must be (B,), B >= 1: one loss a sample."
-            )
+        check_losses(losses)
+        losses = at_least_float32(losses)
         with torch.autocast(losses.device.type, enabled=False):
             seed = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).detach().expand_as(losses)
             self._coverage.exclude(tape.misused())

@@ -63,8 +63,8 @@ class InstancePerturbation:
             moved = steps > 0
             norms_at_w = torch.where(moved, norms / scale.abs(), 0)
             statistics.fill(
-                ess=torch.ones(()),
-                weight_max=torch.ones(()),
+                ess=norms.new_ones(()),
+                weight_max=norms.new_ones(()),
                 ascent_gnorm=norms_at_w.mean(),
                 ascent_gnorm_std=norms_at_w.std(correction=0),
                 eps_norm=self._engine.rho * moved.any(),

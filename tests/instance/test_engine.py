@@ -336,6 +336,18 @@ def test_norms_accumulate_in_single_precision() -> None:
     assert engine.solve(tape, losses).perturbation.norms.tolist() == [512.0, 512.0]
 
 
+def test_norms_and_steps_of_half_precision_losses_are_in_single_precision() -> None:
+    """fp16 holds no number above 65504, and its steps would be off by 0.1 %."""
+    model = nn.Linear(64, 1, bias=False)
+    model.weight.data.zero_()
+    engine, x = InstanceEngine(model, RHO), torch.full((2, 64), 3.0)
+    with engine.recording() as tape:
+        losses = model(x).squeeze(1).half()
+    found = engine.solve(tape, losses, 8192.0).perturbation
+    assert found.norms.tolist() == [8192.0 * 24, 8192.0 * 24]
+    torch.testing.assert_close(found.steps, torch.full((2,), RHO / (8192 * 24)), rtol=1e-6, atol=0)
+
+
 def recorded(model: nn.Module, losses: Callable[[], Tensor]) -> None:
     engine = InstanceEngine(model, RHO)
     with engine.recording() as tape:

@@ -133,15 +133,23 @@ def restored(
     tensors = [p.parameter for p in parameters]
     copies = [torch.empty_like(tensor) for tensor in tensors]
     copy_all(copies, tensors)
+    # A forward pass that rewrites a parameter gives it other memory. Graphs of earlier passes go on reading this one.
+    memory = [(p.parameter, p.parameter.data) for p in parameters if p.rewritten]
     rewritten = rewritten or [None] * len(parameters)
     try:
         yield [copy if old is None else old for copy, old in zip(copies, rewritten, strict=True)]
     finally:
         try:
-            copy_all(tensors, copies)
+            _put_back(memory, tensors, copies)
         except BaseException:  # Ctrl-C in the middle
-            copy_all(tensors, copies)
+            _put_back(memory, tensors, copies)
             raise
+
+
+def _put_back(memory: Sequence[tuple[Tensor, Tensor]], tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    for parameter, data in memory:
+        parameter.data = data
+    copy_all(tensors, copies)
 
 
 @contextmanager

@@ -66,9 +66,9 @@ def test_the_line_names_what_is_not_covered() -> None:
     )
 
 
-WEIGHTS, SPREAD = ["sam_ess", "sam_weight_max"], ["sam_ascent_gnorm_std"]
+WEIGHTS, SPREAD, PROBES = ["sam_ess", "sam_weight_max"], ["sam_ascent_gnorm_std"], ["sam_probes_failed"]
 CONSTANT = {"uniform": ["--sam-weighting", "uniform"], "instance": INSTANCE, "radius zero": [*INSTANCE, "--sam-rho", 0]}
-LEFT_OUT = {"uniform": [*WEIGHTS, *SPREAD], "instance": WEIGHTS, "radius zero": SPREAD}
+LEFT_OUT = {"uniform": [*WEIGHTS, *SPREAD, *PROBES], "instance": [*WEIGHTS, *PROBES], "radius zero": SPREAD}
 
 
 @pytest.mark.parametrize("mode", CONSTANT)

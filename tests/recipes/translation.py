@@ -15,7 +15,7 @@ UNCOVERED = "does not cover .* of the weights"
 REWRITTEN = (
     r"Invalid quant_noise_pq=0\.\d+ \(--quant-noise-pq\) with --sam-perturbation instance: the forward pass rewrites"
 )
-AVERAGED = "Criterion 'nat_loss' with a model that returns 'word_crf' averaged over the batch already .* Use another"
+AVERAGED = "Criterion 'nat_loss' with a model that returns 'word_crf' already averaged over the batch .* Use another"
 LATENT = (
     "multilingual_translation_latent_depth.*it adds loss terms outside the criterion, where δ-SAM does not see them"
 )

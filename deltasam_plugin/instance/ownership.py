@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -86,7 +85,6 @@ class Ownership:
             return found, {}
         levels, silent, reasons = _levels(calls), [], {}
         ambiguous: dict[int, list[Grouping]] = {}
-        listed: defaultdict[tuple[int, ...], dict[int, Tensor]] = defaultdict(dict)
         for i, (call, gradient) in enumerate(zip(calls, gradients)):
             if gradient is None or 0 in call.leading_shape:
                 continue
@@ -102,12 +100,9 @@ class Ownership:
                     ambiguous[i] = [grouping for _, grouping in fitting]
             else:
                 self._layouts[call.key] = []
-                listed[call.leading_shape][i] = owners
-        for entries in listed.values():
-            for i, owners in _completed(entries).items():
-                found[i] = _grouping(calls[i], owners, batch)
+                found[i] = _grouping(call, owners, batch)
                 if found[i] is None:
-                    reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
+                    reasons.update(dict.fromkeys(call.names, UNKNOWN))
         for i, candidates in ambiguous.items():  # they differ on rows without gradient
             alike = [
                 g for call, g in zip(calls, found) if g is not None and call.leading_shape == calls[i].leading_shape
@@ -168,24 +163,13 @@ def _owners(call: RecordedCall, gradient: Tensor, scaled: Sequence[Tensor | None
     return torch.where(finite & (peak > floor), owners, NOBODY).cpu()
 
 
-def _completed(entries: dict[int, Tensor]) -> dict[int, Tensor]:
-    """Owners of calls on equally many rows, each completed by the others, if they do not contradict each other."""
-    together = torch.full_like(next(iter(entries.values())), NOBODY)
-    for owners in entries.values():
-        known = (owners != NOBODY) & (together != NOBODY)
-        if bool((owners[known] != together[known]).any()):
-            return entries
-        together = torch.where(together == NOBODY, owners, together)
-    return dict.fromkeys(entries, together)
-
-
 def _grouping(call: RecordedCall, owners: Tensor, batch: int) -> Grouping | None:
     """The grouping of rows that fit no known layout, or None if it cannot be told.
 
     A row that has no gradient at w may have one at the perturbed weights. If exactly one regular order, (r // n) mod B,
     agrees with all known rows, it tells the owner. Otherwise the rows of each sample must follow each other. The row
-    then belongs to the sample of the rows around it. Between two samples it must be one that no perturbation moves, as
-    padding is.
+    then belongs to the sample of the rows around it, and between two samples, where padding is, to the first. If some
+    sample has no known row at all, a row between two others must be one that no perturbation moves.
     """
     count = len(owners)
     known = (owners != NOBODY).nonzero().flatten().tolist()
@@ -195,14 +179,14 @@ def _grouping(call: RecordedCall, owners: Tensor, batch: int) -> Grouping | None
         fitting = [order for order in orders.values() if torch.equal(order[known], owners[known])]
         if len(fitting) == 1:
             owners = fitting[0]
-        elif (filled := _filled(owners, known, _unperturbed_rows(call))) is None:
+        elif (filled := _filled(owners, known, batch, _unperturbed_rows(call))) is None:
             return None
         else:
             owners = filled
     return Listed(owners.reshape(call.leading_shape).to(call.x.device), batch)
 
 
-def _filled(owners: Tensor, known: list[int], unperturbed: Tensor) -> Tensor | None:
+def _filled(owners: Tensor, known: list[int], batch: int, unperturbed: Tensor) -> Tensor | None:
     """Owners of all rows, where those of each sample follow each other; None if they do not, or one is left open."""
     values = owners.tolist()
     runs = [values[i] for n, i in enumerate(known) if n == 0 or values[i] != values[known[n - 1]]]
@@ -210,7 +194,7 @@ def _filled(owners: Tensor, known: list[int], unperturbed: Tensor) -> Tensor | N
         return None
     for before, after in itertools.pairwise([-1, *known, len(values)]):
         inside = before >= 0 and after < len(values) and values[before] == values[after]
-        if not inside and not bool(unperturbed[before + 1 : after].all()):
+        if not inside and len(runs) < batch and not bool(unperturbed[before + 1 : after].all()):
             return None
         values[before + 1 : after] = [values[before if before >= 0 else after]] * (after - before - 1)
     return torch.tensor(values)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fairseq import checkpoint_utils
 from fairseq.logging import progress_bar
 from fairseq_cli import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -90,6 +91,7 @@ def fairseq_train(data: Path, save_dir: Path, *arguments: object, updates: int =
         for writer in progress_bar._tensorboard_writers.values():
             writer.close()
         progress_bar._tensorboard_writers.clear()
+        vars(checkpoint_utils.save_checkpoint).pop("best", None)  # its best score so far, also of another run
     return torch.load(save_dir / "checkpoint_last.pt")
 
 

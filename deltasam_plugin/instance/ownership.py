@@ -175,18 +175,19 @@ def _grouping(call: RecordedCall, owners: Tensor, batch: int) -> Grouping | None
     known = (owners != NOBODY).nonzero().flatten().tolist()
     if len(known) < count:
         rows = torch.arange(count)
+        enough = batch if call.layer.name == "linear" and call.key.bias is None else count + 1  # projected embeddings
         orders = {n: rows // n % batch for n in range(1, count // batch + 1) if count % (batch * n) == 0}
         fitting = [order for order in orders.values() if torch.equal(order[known], owners[known])]
         if len(fitting) == 1:
             owners = fitting[0]
-        elif (filled := _filled(owners, known, batch, _unperturbed_rows(call))) is None:
+        elif (filled := _filled(owners, known, enough, _unperturbed_rows(call))) is None:
             return None
         else:
             owners = filled
     return Listed(owners.reshape(call.leading_shape).to(call.x.device), batch)
 
 
-def _filled(owners: Tensor, known: list[int], batch: int, unperturbed: Tensor) -> Tensor | None:
+def _filled(owners: Tensor, known: list[int], enough: int, unperturbed: Tensor) -> Tensor | None:
     """Owners of all rows, where those of each sample follow each other; None if they do not, or one is left open."""
     values = owners.tolist()
     runs = [values[i] for n, i in enumerate(known) if n == 0 or values[i] != values[known[n - 1]]]
@@ -194,7 +195,7 @@ def _filled(owners: Tensor, known: list[int], batch: int, unperturbed: Tensor) -
         return None
     for before, after in itertools.pairwise([-1, *known, len(values)]):
         inside = before >= 0 and after < len(values) and values[before] == values[after]
-        if not inside and len(runs) < batch and not bool(unperturbed[before + 1 : after].all()):
+        if not inside and len(runs) < enough and not bool(unperturbed[before + 1 : after].all()):
             return None
         values[before + 1 : after] = [values[before if before >= 0 else after]] * (after - before - 1)
     return torch.tensor(values)

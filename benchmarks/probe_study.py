@@ -31,7 +31,7 @@ import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's 
 from deltasam_plugin.batch.displacement import PerturbedParameter, displace, global_norm, restored
 from deltasam_plugin.batch.probing import draw_direction
 from deltasam_plugin.batch.weighting import curvature_weights, effective_sample_size, rounding_floor
-from deltasam_plugin.fairseq.config import NAME
+from deltasam_plugin.fairseq.base_options import NAME
 from deltasam_plugin.fairseq.criterion import OPTIONS
 from deltasam_plugin.fairseq.criterions.registry import objective_of, per_sample_losses_of, recorded_outputs
 

@@ -19,9 +19,8 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
-from deltasam_plugin.fairseq.criterion import DeltaSAMCriterionConfig
+from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES
-from deltasam_plugin.fairseq.optimizer import DeltaSAMOptimizerConfig
 from deltasam_plugin.loss import Statistics
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES

@@ -10,7 +10,7 @@ import torch
 from fairseq import models, tasks
 from fairseq.data import Dictionary
 
-from deltasam_plugin.fairseq.config import NAME
+from deltasam_plugin.fairseq.base_options import NAME
 
 
 def show_base_names() -> None:

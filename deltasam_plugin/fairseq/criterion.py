@@ -5,17 +5,16 @@ the base's own. Only ``forward`` in training is δ-SAM's.
 """
 
 from argparse import ArgumentParser
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from fairseq.criterions import FairseqCriterion, register_criterion
-from fairseq.dataclass import FairseqDataclass
 from fairseq.models import BaseFairseqModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from deltasam_plugin.fairseq.config import NAME, BaseOptions
+from deltasam_plugin.fairseq.base_options import NAME, BaseOptions
+from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig
 from deltasam_plugin.fairseq.criterions.registry import (
     PER_SAMPLE_LOSSES,
     PerSampleLosses,
@@ -30,14 +29,6 @@ from deltasam_plugin.fairseq.parameters import named_parameters
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from deltasam_plugin.fairseq.scalars import PREFIX, log_entries, log_scalars
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
-
-
-@dataclass
-class DeltaSAMCriterionConfig(FairseqDataclass):
-    base_criterion: str = field(
-        default="cross_entropy", metadata={"help": "criterion whose loss is minimized, by its fairseq name"}
-    )
-
 
 OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig, PER_SAMPLE_LOSSES.__contains__)
 

@@ -8,55 +8,27 @@ of the base optimizer, and the other way round.
 import logging
 import weakref
 from argparse import ArgumentParser
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-from fairseq.dataclass import FairseqDataclass
 from fairseq.distributed.utils import get_data_parallel_group, get_data_parallel_world_size
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
 from deltasam_plugin.fairseq.backward import BackwardPasses
-from deltasam_plugin.fairseq.config import NAME, BaseOptions
+from deltasam_plugin.fairseq.base_options import NAME, BaseOptions
+from deltasam_plugin.fairseq.config import DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.errors import Unsupported, one_message
 from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters
 from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
 from deltasam_plugin.perturbations import Perturbations
-from deltasam_plugin.settings import PERTURBATIONS, Settings
+from deltasam_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DeltaSAMOptimizerConfig(FairseqDataclass):
-    base_optimizer: str = field(default="adam", metadata={"help": "optimizer that takes the step, by its fairseq name"})
-    sam_rho: float = field(
-        default=Settings.rho, metadata={"help": "radius of the perturbation: L2 norm in parameter space"}
-    )
-    sam_weighting: str = field(
-        default=Settings.weighting,
-        metadata={"help": f"weights of the samples in the ascent: {', '.join(WEIGHTINGS)} (uniform is plain SAM)"},
-    )
-    sam_probes: int = field(
-        default=Settings.probes, metadata={"help": "curvature probes per batch, two forward passes each"}
-    )
-    sam_probe_scale: float = field(
-        default=Settings.probe_scale,
-        metadata={"help": "length of a probe's displacement as a fraction of the L2 norm of the weights"},
-    )
-    sam_perturbation: str = field(
-        default=Settings.perturbation, metadata={"help": f"what is perturbed: {', '.join(PERTURBATIONS)}"}
-    )
-    sam_sync: bool = field(
-        default=Settings.sync,
-        metadata={"help": "one perturbation common to all data-parallel workers, instead of one for each"},
-    )
 
 
 OPTIONS = BaseOptions("optimizer", DeltaSAMOptimizerConfig)

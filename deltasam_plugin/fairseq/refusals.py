@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from deltasam_plugin.fairseq.config import NAME
+from deltasam_plugin.fairseq.base_options import NAME
 
 WHOLE = "δ-SAM needs every parameter whole in each process"
 ALIKE = "δ-SAM needs gradients that are exchanged at every update"

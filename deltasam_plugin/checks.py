@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import coarsest
@@ -51,7 +52,7 @@ class Checks:
             dtypes: those in which it computes.
 
         Raises:
-            RuntimeError: the losses differ by more than rounding. The message names likely causes.
+            Refused: the losses differ by more than rounding. The message names likely causes.
         """
         if not self._due:
             return
@@ -68,7 +69,7 @@ class Checks:
         bound = TOLERANCE[coarsest(dtypes)] * (1 + float(largest))
         differs = (again - losses).abs() > bound if again.shape == losses.shape else torch.ones(())
         if bool((differs & losses.isfinite()).any()):
-            raise RuntimeError(
+            raise Refused(
                 "The forward pass cannot be replayed: run twice on one batch, at the same weights and with the same "
                 f"random numbers, it gave the losses {_listing(losses)} and {_listing(again)}. δ-SAM runs it several "
                 "times for one update, so it must depend on nothing but weights, inputs and the global random number "
@@ -101,7 +102,7 @@ def _refuse_spectral_norm(module: nn.Module) -> None:
     """Its vectors change in every forward pass, by less than the tolerance once they have converged."""
     hooks = module._forward_pre_hooks.values()
     if module.training and (isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)):
-        raise RuntimeError(
+        raise Refused(
             "The forward pass cannot be replayed: spectral norm updates its vectors in every one. Use weight norm or "
             "no norm, or train this model without δ-SAM."
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, Protocol
 
@@ -116,6 +116,7 @@ def sharpness_aware_loss(
     second: Callable[[], Tensor],
     perturbation: Perturbation,
     devices: set[torch.device],
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> tuple[Tensor, Statistics]:
     """The loss at w, whose gradient is that at the perturbed weights.
 
@@ -124,6 +125,7 @@ def sharpness_aware_loss(
         second: forward pass, run in backward; returns the loss (scalar) whose gradient is taken.
         perturbation: of this batch.
         devices: where the model lives, for the replay of random numbers.
+        guard: makes a context for each of the two passes, which may translate errors.
 
     Returns:
         The loss, to be used as any loss, once; and the statistics, which its backward pass completes.
@@ -133,13 +135,14 @@ def sharpness_aware_loss(
             the weights as they were.
     """
     conditions, variables = Conditions.capture(devices), contextvars.copy_context()
-    with closing_contexts(), conditions.generators.replayed():
+    with guard(), closing_contexts(), conditions.generators.replayed():
         value, ascend = perturbation.first_pass(first, conditions)
     statistics = Statistics.zeros(value.device)
 
     def backward(grad_output: Tensor) -> None:
         called_in = ThreadState.capture(devices)  # on a GPU this is a thread of autograd's own
         with (
+            guard(),
             closing_contexts(),
             ascend(grad_output, statistics) as scale,
             torch.enable_grad(),

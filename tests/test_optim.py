@@ -531,3 +531,15 @@ def test_the_package_trains_where_fairseq_is_not_installed(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "curvature"])
+def test_norms_of_half_precision_losses_are_in_single_precision(weighting):
+    """fp16 holds no number above 65504, and would be off by 0.1 %."""
+    model = nn.Linear(64, 1, bias=False)
+    model.weight.data.zero_()
+    x = torch.full((2, 64), 3.0001e4)
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.05, weighting=weighting, lr=0.0)
+    optimizer.step(lambda: model(x).squeeze(1).half())
+    assert optimizer.statistics.ascent_gnorm.item() == pytest.approx(8 * 3.0001e4, rel=1e-6)
+    assert optimizer.statistics.eps_norm.item() == pytest.approx(0.05, rel=1e-6)

@@ -5,6 +5,7 @@ the base's own. Only ``forward`` in training is δ-SAM's.
 """
 
 from argparse import ArgumentParser
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from fairseq.models import BaseFairseqModel
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.fairseq.base_options import NAME, BaseOptions
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig
 from deltasam_plugin.fairseq.criterions.registry import (
@@ -81,7 +83,9 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
         with optimizer.backward_passes.forward_pass():
             perturbations = optimizer.perturbations(inner, self)
-            loss, statistics = sharpness_aware_loss(first, second, perturbations.of_batch(), perturbations.devices)
+            loss, statistics = sharpness_aware_loss(
+                first, second, perturbations.of_batch(), perturbations.devices, partial(one_message, (Refused,))
+            )
         optimizer.backward_passes.follow(loss, named_parameters(inner, self))
         sample_size, logging_output = results[0]
         logging_output.update(log_entries(statistics, optimizer.settings))

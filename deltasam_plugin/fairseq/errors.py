@@ -28,11 +28,15 @@ class Unsupported(_OneMessage, RuntimeError):
 
 
 @contextmanager
-def one_message() -> Iterator[None]:
-    """A ValueError or RuntimeError of ours within this context ends the run with one message."""
+def one_message(kinds: tuple[type[Exception], ...] = (ValueError, RuntimeError)) -> Iterator[None]:
+    """An error within this context ends the run with one message.
+
+    Args:
+        kinds: of errors; by default those that code of ours raises.
+    """
     try:
         yield
-    except ValueError as error:
-        raise InvalidValue(str(error)) from error
-    except RuntimeError as error:
+    except kinds as error:
+        if isinstance(error, ValueError):
+            raise InvalidValue(str(error)) from error
         raise Unsupported(str(error)) from error

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.precision import at_least_float32
 
@@ -52,12 +53,12 @@ class Coverage:
             Whether any of them was covered.
 
         Raises:
-            RuntimeError: these and the earlier ones hold more than the tolerated share of the weights.
+            Refused: these and the earlier ones hold more than the tolerated share of the weights.
         """
         before = len(self._uncovered)
         self._uncovered = {**reasons, **self._uncovered}
         if self._share() > TOLERATED:
-            raise RuntimeError(
+            raise Refused(
                 f"Per-instance perturbation does not cover {self._listing()}. Must be at most {TOLERATED:.0%}: linear, "
                 "embedding, normalization and convolution layers are covered, recurrent layers and parameters used in "
                 f"other arithmetic are not. Each row of a layer must belong to one sample: batch normalization in "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
@@ -120,7 +121,7 @@ class InstanceEngine:
 
         Raises:
             ValueError: losses are not of shape (B,).
-            RuntimeError: more than 1 % of the weights are used in ways that are not covered, or samples are mixed.
+            Refused: more than 1 % of the weights are used in ways that are not covered, or samples are mixed.
         """
         check_losses(losses)
         losses = at_least_float32(losses)
@@ -170,7 +171,7 @@ class InstanceEngine:
             replay: the same forward pass, with its random numbers; returns per-sample losses.
 
         Raises:
-            RuntimeError: they do not.
+            Refused: they do not.
         """
         chosen = torch.arange(losses.numel(), device=losses.device) % 2 == 0
         half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
@@ -178,7 +179,7 @@ class InstanceEngine:
             found = replay().detach()
         allowed = torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max()
         if bool(((found - losses)[~chosen].abs() > allowed).any()):
-            raise RuntimeError(
+            raise Refused(
                 "Per-instance perturbation: the loss of a sample changes with the perturbation of another, though no "
                 "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "
                 f"not even behind detach(). Otherwise {REMEDY}."
@@ -189,14 +190,14 @@ class InstanceEngine:
         """Each sample sees its own perturbed weights in the forward pass that runs within.
 
         Raises:
-            RuntimeError: that pass calls other layers, or on other shapes, than the recorded one.
+            Refused: that pass calls other layers, or on other shapes, than the recorded one.
         """
         perturbation, pending, once = solution.perturbation, list(reversed(solution.calls)), Memo()
 
         def handle(layer: Layer, arguments: CallArguments, key: CallKey, x: Tensor) -> Tensor:
             call = pending.pop() if pending else None
             if call is None or (call.key, call.leading_shape) != (key, arguments.leading_shape):
-                raise RuntimeError(_not_a_replay(call, key, arguments.leading_shape))
+                raise Refused(_not_a_replay(call, key, arguments.leading_shape))
             y = layer.run(arguments, x)
             if call.perturbed:
                 with torch.autocast(y.device.type, enabled=False):
@@ -210,9 +211,9 @@ class InstanceEngine:
             with unfused_norms(), intercept_layers(self._parameters, handle, once, set()):
                 yield
             if pending:
-                raise RuntimeError(_not_a_replay(pending[-1]))
+                raise Refused(_not_a_replay(pending[-1]))
         except CheckpointError as error:
-            raise RuntimeError(CHECKPOINTED) from error
+            raise Refused(CHECKPOINTED) from error
         finally:
             perturbation.release()
 
@@ -231,7 +232,7 @@ def _gradients(
     try:
         return list(torch.autograd.grad(losses, inputs, seed, retain_graph=retain_graph, allow_unused=True))
     except CheckpointError as error:
-        raise RuntimeError(CHECKPOINTED) from error
+        raise Refused(CHECKPOINTED) from error
 
 
 def _detached_uses(

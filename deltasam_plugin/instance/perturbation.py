@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.checks import Checks
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.engine import InstanceEngine
 from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses
 from deltasam_plugin.precision import observed_dtypes
@@ -31,7 +32,8 @@ class InstancePerturbation:
         """Record the forward pass. See :class:`deltasam_plugin.loss.Perturbation`.
 
         Raises:
-            ValueError: the per-sample losses are not of shape (B,), or a part of the loss belongs to no sample.
+            ValueError: the per-sample losses are not of shape (B,).
+            Refused: a part of the loss belongs to no sample.
         """
         with observed_dtypes(self._engine.parameters) as dtypes, self._engine.recording() as tape:
             objective = forward()
@@ -40,7 +42,7 @@ class InstancePerturbation:
             with unchanged_versions(self._engine.parameters):
                 self._checks.replay(objective, forward, conditions, dtypes)
         if objective.shared is not None:
-            raise ValueError(
+            raise Refused(
                 "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample: it has no "
                 "instance to be perturbed for. Choose --sam-perturbation batch."
             )

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, REFUSED, per_sample_losses
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
+from tests.fairseq_runs.test_criterions import typed, user_directory
 from tests.helpers.corpora import corpus, small
 from tests.helpers.runs import ADAM, HALF, SMOOTHED, TRANSLATION, base, delta, fairseq_train
 
@@ -200,3 +201,44 @@ def test_plugin_leaves_other_runs_alone(translation_data: Path, tmp_path: Path) 
     checkpoint = fairseq_train(translation_data, tmp_path, *TRANSLATION, *ADAM, *base(), updates=1)
     for section in ("optimizer", "criterion"):
         assert not [key for key in checkpoint["cfg"][section] if key.startswith(("sam_", "base_"))]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "mode", "message"),
+    [
+        ("lstm", "instance", "Per-instance perturbation does not cover "),
+        ("remembering", "batch", "The forward pass cannot be replayed: "),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_in_one_message(
+    translation_data: Path, tmp_path: Path, architecture: str, mode: str, message: str
+) -> None:
+    """Of the first backward pass, and of the first forward pass."""
+    user_dir = user_directory(tmp_path / "mine", {"__init__.py": REMEMBERING})
+    options = ["--arch", architecture, *delta(), "--label-smoothing", 0.1, "--sam-perturbation", mode]
+    refused = typed(translation_data, user_dir, tmp_path / "checkpoints", *options)
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith(f"deltasam_plugin: error: {message}"), refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not list(tmp_path.glob("checkpoints/*.pt"))
+
+
+REMEMBERING = """
+from fairseq.models import register_model, register_model_architecture
+from fairseq.models.transformer import TransformerModel, tiny_architecture
+
+
+@register_model("remembering")
+class Remembering(TransformerModel):
+    passes = 0
+
+    def forward(self, *args, **kwargs):
+        self.passes += 1
+        output, extra = super().forward(*args, **kwargs)
+        return output * self.passes, extra
+
+
+register_model_architecture("remembering", "remembering")(tiny_architecture)
+
+import deltasam_plugin
+"""

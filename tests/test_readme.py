@@ -25,6 +25,7 @@ from deltasam_plugin.loss import Statistics
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
 from tests.helpers.runs import SMOOTHED, fairseq_train
+from tests.recipes.recipes import ALL, TRAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -216,6 +217,24 @@ def test_criterions() -> None:
     names = {base + n if n.startswith("_") else n for n in re.findall(r"`(\w+)`", listed[1])}
     own = {name for name, losses in PER_SAMPLE_LOSSES.items() if losses.__module__.startswith("deltasam_plugin.")}
     assert names == own
+
+
+def test_recipes() -> None:
+    """What becomes of each is what test_recipes pins: it trains, or is refused with these words."""
+    table = rows(README, "recipe")
+    assert len(table) == len(ALL)
+    for row, recipe in zip(table, ALL, strict=True):
+        name, url = re.fullmatch(r"\[(.+)\]\((.+)\)", row["recipe"]).groups()
+        assert (name, url.partition("/blob/main/")[2]) == (recipe.name, recipe.source)
+        for mode in ("batch", "instance"):
+            assert row[mode].removeprefix("refused: ") in recipe.outcome(mode), (name, mode)
+            assert (recipe.outcome(mode) == TRAINS) == (row[mode] == "trains"), (name, mode)
+    batch, instance = (sum(recipe.outcome(mode) == TRAINS for recipe in ALL) for mode in ("batch", "instance"))
+    said = (
+        f"Of {len(ALL)} recipes from fairseq's `examples`, {batch} train in batch mode and {instance} in instance mode."
+    )
+    assert said in " ".join(README.split())
+    assert f"All {len(ALL)} recipes" in README
 
 
 def test_options_and_their_defaults() -> None:

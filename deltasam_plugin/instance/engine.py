@@ -163,7 +163,9 @@ class InstanceEngine:
     def refuse_mixed_values(self, solution: Solution, losses: Tensor, replay: Callable[[], Tensor]) -> None:
         """Perturb every other sample alone: the losses of the others must stay what they are.
 
-        Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach().
+        Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
+        a row without gradient at w that belongs to another sample than it seems. The even ones are perturbed in one
+        batch and the odd ones in the next.
 
         Args:
             solution: of a batch of several samples.
@@ -173,7 +175,7 @@ class InstanceEngine:
         Raises:
             Refused: they do not.
         """
-        chosen = torch.arange(losses.numel(), device=losses.device) % 2 == 0
+        chosen = torch.arange(losses.numel(), device=losses.device) % 2 == self._batches % 2
         half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
         with self.perturbed(half), forward_only():
             found = replay().detach()

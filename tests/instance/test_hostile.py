@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fairseq.modules import AdaptiveInput
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from deltasam_plugin import DeltaSAM
+from deltasam_plugin.errors import Refused
 from tests.helpers.tagger import SIZES, WIDTH, WORDS, Tagger, check, inside, run, summed
 
 # A4: which rows belong to which sample depends on the data of each batch
@@ -230,3 +232,24 @@ def test_rows_that_have_a_gradient_only_when_perturbed(kind: str, rows: str) -> 
         return model.classified(REACHED[kind](x), tokens)
 
     check(run(model, losses, rho=FAR), "exact", "refused")
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_row_that_was_given_to_the_wrong_one_of_its_neighbours(before: int) -> None:
+    """It has no gradient at w, and the sample before it gets it. It belongs to the one after it."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4, 1, bias=False), torch.randn(5, 4)
+    still = layer(x).detach()[before + 1]
+
+    def losses() -> Tensor:
+        rows = layer(x)
+        own = torch.cat([rows[: before + 1], rows[before + 2 :]]).squeeze(1).square()
+        return own + F.one_hot(torch.tensor(before + 1), 4) * 100 * (rows[before + 1] - still).square()
+
+    def two_steps() -> None:
+        optimizer = DeltaSAM(layer.parameters(), torch.optim.SGD, rho=0.5, perturbation="instance", lr=0.0)
+        optimizer.step(losses)
+        optimizer.step(losses)
+
+    with pytest.raises(Refused, match="changes with the perturbation of another, though no gradient shows it"):
+        two_steps()

@@ -164,8 +164,7 @@ class InstanceEngine:
         """Perturb every other sample alone: the losses of the others must stay what they are.
 
         Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
-        a row without gradient at w that belongs to another sample than it seems. The even ones are perturbed in one
-        batch and the odd ones in the next.
+        a row without gradient at w that belongs to another sample than it seems.
 
         Args:
             solution: of a batch of several samples.
@@ -175,12 +174,14 @@ class InstanceEngine:
         Raises:
             Refused: they do not.
         """
-        chosen = torch.arange(losses.numel(), device=losses.device) % 2 == self._batches % 2
-        half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
-        with self.perturbed(half), forward_only():
-            found = replay().detach()
+        even = torch.arange(losses.numel(), device=losses.device) % 2 == 0
         allowed = torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max()
-        if bool(((found - losses)[~chosen].abs() > allowed).any()):
+        changed = torch.zeros_like(even)
+        for chosen in (even, ~even):
+            half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
+            with self.perturbed(half), forward_only():
+                changed |= ~chosen & ((replay().detach() - losses).abs() > allowed)
+        if bool(changed.any()):
             raise Refused(
                 "Per-instance perturbation: the loss of a sample changes with the perturbation of another, though no "
                 "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "

@@ -1,12 +1,13 @@
 """What an update costs: seconds and peak memory of every method, as ratios to SAM.
 
-    python benchmarks/cost.py [--rounds 7] [--only WIDTH,TOKENS,BATCH]
+    python benchmarks/cost.py [--rounds 7] [--only WIDTH,TOKENS,BATCH ...] [--padded] [--methods NAME ...]
 
 A small fairseq Transformer (3 + 3 layers, 8000 words, fp32, dropout) is trained on random sentences. Width, sentence
-length and batch size vary one at a time. In every round each method does one update, so other jobs on the machine slow
-all methods alike. A cell shows the ratio to the same round's SAM: the median over the rounds, the least and the
-greatest in parentheses, then the ratio of the peak memory. Seconds are CPU seconds of one thread. Memory is parameters,
-optimizer state and the most that one update allocates beside them.
+length and batch size vary one at a time. With --padded the lengths of the sentences are drawn evenly from a quarter of
+the longest up to it, as in batches of real text. In every round each method does one update, so other jobs on the
+machine slow all methods alike. A cell shows the ratio to the same round's SAM: the median over the rounds, the least
+and the greatest in parentheses, then the ratio of the peak memory. Seconds are CPU seconds of one thread. Memory is
+parameters, optimizer state and the most that one update allocates beside them.
 
   Adam                      the base optimizer alone
   SAM                       DeltaSAM with uniform weights; all ratios are to this one
@@ -27,7 +28,8 @@ import tempfile
 import time
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -43,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from deltasam_plugin import DeltaSAM
 
-LAYERS, WORDS, RHO = 3, 8000, 0.05
+LAYERS, WORDS, PAD, RHO = 3, 8000, 1, 0.05
 METHODS = ADAM, SAM, PEER, CURVATURE, INSTANCE, LOOP = (
     "Adam", "SAM", "SAM of pytorch_optimizer", "δ-SAM", "instance", "loop",
 )  # fmt: skip
@@ -59,6 +61,8 @@ class Case(NamedTuple):
 
 CENTRE = Case(width=256, tokens=32, batch=16)
 VARIED = {"width": (64, 128, 256, 512, 1024), "tokens": (16, 32, 64, 128), "batch": (8, 16, 32, 64)}
+LONG = [Case(256, 256, 8), Case(256, 512, 4), Case(256, 1024, 2), Case(512, 128, 8), Case(512, 512, 4)]
+CHECKED = 16  # batches of instance mode that are compared with autograd, and take longer
 
 Losses = Callable[[slice], Tensor]  # samples in, their losses (B,) out
 
@@ -71,28 +75,34 @@ def transformer(width: int) -> nn.Module:
     sides = {"embed_dim": width, "ffn_embed_dim": 4 * width, "attention_heads": max(1, width // 64), "layers": LAYERS}
     options = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in sides.items()}
     arguments = Namespace(**options, dropout=0.1, share_decoder_input_output_embed=True)
-    arguments.max_source_positions = arguments.max_target_positions = 256
+    arguments.max_source_positions = arguments.max_target_positions = 1024
     base_architecture(arguments)
     torch.manual_seed(0)
     return TransformerModel.build_model(arguments, SimpleNamespace(source_dictionary=words, target_dictionary=words))
 
 
-def random_losses(model: nn.Module, case: Case) -> Losses:
+def random_losses(model: nn.Module, case: Case, padded: bool) -> Losses:
     """Return a function that gives the cross-entropy of each sentence, summed over its tokens."""
     generator = torch.Generator().manual_seed(1)
     source, target = torch.randint(4, WORDS, (2, case.batch, case.tokens), generator=generator)
+    lengths = torch.full((case.batch,), case.tokens)
+    if padded:
+        lengths = torch.linspace(case.tokens / 4, case.tokens, case.batch).round().long()
+        empty = torch.arange(case.tokens) >= lengths.unsqueeze(1)
+        source, target = (tokens.masked_fill(empty, PAD) for tokens in (source, target))
     previous = torch.cat([torch.full((case.batch, 1), 2), target[:, :-1]], 1)
 
     def losses(samples: slice) -> Tensor:
-        lengths = torch.full((len(source[samples]),), case.tokens)
-        logits, _ = model(source[samples], lengths, previous[samples])
-        lost = F.cross_entropy(logits.flatten(0, 1), target[samples].flatten(), reduction="none")
+        logits, _ = model(source[samples], lengths[samples], previous[samples])
+        lost = F.cross_entropy(logits.flatten(0, 1), target[samples].flatten(), ignore_index=PAD, reduction="none")
         return lost.view(-1, case.tokens).sum(1)
 
     return losses
 
 
-def methods(case: Case) -> dict[str, tuple[Callable[[], None], torch.optim.Optimizer]]:
+def methods(
+    case: Case, padded: bool, wanted: Sequence[str]
+) -> dict[str, tuple[Callable[[], None], torch.optim.Optimizer]]:
     """Return an update by each method and the optimizer that holds its state. Each method has a model of its own."""
     everyone = slice(None)
     options = {"lr": 1e-5, "betas": (0.9, 0.98)}
@@ -100,7 +110,7 @@ def methods(case: Case) -> dict[str, tuple[Callable[[], None], torch.optim.Optim
 
     def model_and_losses() -> tuple[list[nn.Parameter], Losses]:
         model = transformer(case.width).train()
-        return list(model.parameters()), random_losses(model, case)
+        return list(model.parameters()), random_losses(model, case, padded)
 
     def adam() -> None:
         parameters, losses = model_and_losses()
@@ -132,6 +142,9 @@ def methods(case: Case) -> dict[str, tuple[Callable[[], None], torch.optim.Optim
         def update() -> None:
             optimizer.step(lambda: losses(everyone))
 
+        if name == INSTANCE:
+            for _ in range(CHECKED):
+                optimizer.step(lambda: losses(slice(0, 2)))
         found[name] = update, optimizer
 
     def loop() -> None:
@@ -139,12 +152,16 @@ def methods(case: Case) -> dict[str, tuple[Callable[[], None], torch.optim.Optim
         optimizer = torch.optim.Adam(parameters, **options)
         found[LOOP] = lambda: update_by_loop(losses, parameters, optimizer, case.batch), optimizer
 
-    adam()
-    ours(SAM, weighting="uniform")
-    peer()
-    ours(CURVATURE, weighting="curvature")
-    ours(INSTANCE, perturbation="instance")
-    loop()
+    made: dict[str, Callable[[], None]] = {
+        ADAM: adam,
+        SAM: partial(ours, SAM, weighting="uniform"),
+        PEER: peer,
+        CURVATURE: partial(ours, CURVATURE, weighting="curvature"),
+        INSTANCE: partial(ours, INSTANCE, perturbation="instance"),
+        LOOP: loop,
+    }
+    for name in wanted:
+        made[name]()
     return found
 
 
@@ -205,21 +222,23 @@ class Row(NamedTuple):
     def cells(self) -> list[str]:
         """Return the cells of its row of the table."""
         cells = [*map(str, self.case), f"{statistics.median(self.seconds[SAM]):.2f}"]
-        for name in others():
+        for name in others(self.seconds):
             least, median, greatest = self.ratio(name)
             cells.append(f"{median:.2f} ({least:.2f}–{greatest:.2f}), {self.memory_ratio(name):.2f}")
-        faster = statistics.median(a / b for a, b in zip(self.seconds[LOOP], self.seconds[INSTANCE], strict=True))
-        return [*cells, f"{faster:.1f}×"]
+        if {LOOP, INSTANCE} <= self.seconds.keys():
+            pairs = zip(self.seconds[LOOP], self.seconds[INSTANCE], strict=True)
+            cells.append(f"{statistics.median(loop / instance for loop, instance in pairs):.1f}×")
+        return cells
 
 
-def others() -> list[str]:
+def others(methods: Iterable[str] = METHODS) -> list[str]:
     """Return the methods that are compared with SAM."""
-    return [name for name in METHODS if name != SAM]
+    return [name for name in methods if name != SAM]
 
 
-def measure(case: Case, rounds: int) -> Row:
-    """Measure all methods in turn. One update each before that finds layouts and makes the optimizer's state."""
-    updates = methods(case)
+def measure(case: Case, rounds: int, padded: bool = False, wanted: Sequence[str] = METHODS) -> Row:
+    """Measure all methods in turn. One update each before that makes the optimizer's state."""
+    updates = methods(case, padded, wanted)
     for update, _ in updates.values():
         update()
     seconds: dict[str, list[float]] = {name: [] for name in updates}
@@ -232,23 +251,27 @@ def measure(case: Case, rounds: int) -> Row:
 
 
 def cases() -> list[Case]:
-    """Return the centre and all cases that differ from it in one size."""
+    """Return the centre, all cases that differ from it in one size, and some with long sentences."""
     found = [CENTRE._replace(**{field: size}) for field, sizes in VARIED.items() for size in sizes]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys([*found, *LONG]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", help="one case, WIDTH,TOKENS,BATCH, instead of all")
+    parser.add_argument("--only", nargs="+", help="these cases, WIDTH,TOKENS,BATCH each, instead of all")
+    parser.add_argument("--padded", action="store_true", help="sentences of different lengths")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="these, and SAM")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-    chosen = [Case(*map(int, arguments.only.split(",")))] if arguments.only else cases()
-    header = [*Case._fields, f"{SAM}, s", *others(), f"{LOOP} : {INSTANCE}"]
+    chosen = [Case(*map(int, case.split(","))) for case in arguments.only] if arguments.only else cases()
+    wanted = [name for name in METHODS if name == SAM or name in arguments.methods]
+    header = [*Case._fields, f"{SAM}, s", *others(wanted)]
+    header += [f"{LOOP} : {INSTANCE}"] if {LOOP, INSTANCE} <= set(wanted) else []
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
     for case in chosen:
-        print("| " + " | ".join(measure(case, arguments.rounds).cells()) + " |", flush=True)
+        print("| " + " | ".join(measure(case, arguments.rounds, arguments.padded, wanted).cells()) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -201,10 +202,8 @@ class InstanceEngine:
             call = pending.pop() if pending else None
             if call is None or (call.key, call.leading_shape) != (key, arguments.leading_shape):
                 raise Refused(_not_a_replay(call, key, arguments.leading_shape))
-            y = layer.run(arguments, x)
-            if call.perturbed:
-                with torch.autocast(y.device.type, enabled=False):
-                    y = layer.perturb_output(call, x, y, perturbation)
+            run = layer.run if not call.perturbed else partial(layer.run_perturbed, call, perturbation=perturbation)
+            y = run(arguments, x)
             if not pending:
                 perturbation.release()
                 once.clear()

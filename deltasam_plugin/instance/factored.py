@@ -61,16 +61,6 @@ def form(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(at_least_float32(left).transpose(1, 2), at_least_float32(right))
 
 
-def forming_is_cheaper(rows: int, outputs: int, inputs: int) -> bool:
-    r"""Whether forming G_i beats its factors, for T rows and an (n, m) matrix.
-
-    Norm, perturbed output and its derivative cost :math:`3 T^2 (m + n)` products in factored form and
-    :math:`3 T m n` in explicit form; what has to be kept is :math:`T (m + n)` against :math:`m n` numbers. Both
-    comparisons are the same one.
-    """
-    return rows * (inputs + outputs) > inputs * outputs
-
-
 def _left_products(one: Factor, other: Factor) -> Tensor:
     """All inner products of the left vectors, (B, T, S)."""
     if one.indexed and other.indexed:

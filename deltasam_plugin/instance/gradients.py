@@ -56,6 +56,21 @@ class PerSampleGradients:
         else:
             self.formed[part.upright] = gradients
 
+    def add_rows(self, part: ParameterSlice, index: Tensor, rows: Tensor, shape: torch.Size) -> None:
+        """Add to rows of per-sample gradients that are formed.
+
+        Args:
+            part: a table (n, m).
+            index: v (B, T) integer.
+            rows: what is added to the rows v, (B, T, m).
+            shape: (n, m).
+        """
+        batch = len(index)
+        if part not in self.formed:
+            self.formed[part] = rows.new_zeros(batch, *shape)
+        offsets = torch.arange(batch, device=index.device).unsqueeze(1) * shape[0]
+        self.formed[part].flatten(0, 1).index_add_(0, (index + offsets).flatten(), rows.flatten(0, 1))
+
     def add_factor(self, part: ParameterSlice, factor: Factor) -> None:
         """Add the per-sample gradients of one use of a matrix."""
         self.factors[part.upright].append(factor.transposed if part.transposed else factor)
@@ -78,7 +93,9 @@ class PerSampleGradients:
         r""":math:`\|g_i\|^2` over all parameters, (B,), double precision, on the losses' device."""
         total = torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
         for gradients in self.formed.values():
-            total += gradients.flatten(1).square().sum(1)
+            # By rows, to read the gradients once: fp32 loses nothing over so few elements.
+            rows = torch.linalg.vector_norm(gradients.flatten(2) if gradients.dim() > 2 else gradients, dim=-1)
+            total += rows.double().square().reshape(len(total), -1).sum(1)
         once = Memo(size=1)  # query, key and value projections have the same right vectors
         for factors in self.factors.values():
             for i, one in enumerate(factors):
@@ -97,8 +114,6 @@ class PerSampleGradients:
             self.formed = {part: _where(finite, gradients) for part, gradients in self.formed.items()}
             for factors in self.factors.values():
                 factors[:] = [Factor(_where(finite, f.left), _where(finite, f.right), f.bias) for f in factors]
-        for gradients in self.formed.values():
-            gradients.mul_(steps.to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1)))
         dtype = torch.promote_types(losses.dtype, torch.float32)
         return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), self.formed)
 
@@ -126,12 +141,36 @@ class PerSamplePerturbation:
     ) -> None:
         self.norms, self.steps = norms, steps
         self._factors, self._formed = factors, formed
+        self._scaled: dict[ParameterSlice, Tensor] = {}
+        self._own: dict[ParameterSlice, Tensor] = {}
         self._once = Memo(size=1)
+
+    def _steps_of(self, gradients: Tensor) -> Tensor:
+        return self.steps.to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1))
 
     def step(self, part: ParameterSlice | None) -> Tensor | None:
         r""":math:`s_i g_i`, (B, \*shape), where it is kept in this form."""
-        step = None if part is None else self._formed.get(part.upright)
-        return step.transpose(1, 2) if step is not None and part is not None and part.transposed else step
+        if part is None:
+            return None
+        if part.upright in self._formed:
+            gradients = self._formed.pop(part.upright)
+            self._scaled[part.upright] = gradients.mul_(self._steps_of(gradients))
+        step = self._scaled.get(part.upright)
+        return step.transpose(1, 2) if step is not None and part.transposed else step
+
+    def own_weights(self, part: ParameterSlice, weight: Tensor) -> Tensor:
+        r""":math:`W + s_i G_i` of a matrix whose per-sample gradients are formed, (B, n, m). Takes their memory.
+
+        Args:
+            part: the matrix.
+            weight: its values (n, m), in the same precision.
+        """
+        if part.upright not in self._own:
+            gradients = self._formed.pop(part.upright)
+            upright = weight.detach().t() if part.transposed else weight.detach()
+            self._own[part.upright] = torch.addcmul(upright, gradients, self._steps_of(gradients), out=gradients)
+        own = self._own[part.upright]
+        return own.transpose(1, 2) if part.transposed else own
 
     def factors(self, part: ParameterSlice | None) -> list[Factor]:
         """What the gradient of a matrix consists of."""
@@ -145,17 +184,30 @@ class PerSamplePerturbation:
     def _coefficients(self, right: Tensor, affine: bool, x: Tensor, grouping: Grouping) -> Tensor:
         return coefficients(right, affine, grouping.group(x), self.steps)
 
-    def lookup(self, part: ParameterSlice | None, index: Tensor) -> Tensor | None:
-        r"""Rows of :math:`s_i G_i` for indices (B, Q): (B, Q, m), or None where nothing is added."""
+    def lookup(self, part: ParameterSlice | None, index: Tensor, weight: Tensor) -> Tensor | None:
+        r"""Rows of :math:`s_i G_i` for indices (B, Q): (B, Q, m), or None where nothing is added.
+
+        Args:
+            part: a table.
+            index: of rows.
+            weight: its values (n, m).
+        """
+        samples = torch.arange(len(index), device=index.device).unsqueeze(1)
+        if part in self._own:
+            return self._own[part][samples, index] - weight.detach()[index]
+        if part in self._formed:
+            return self._formed[part][samples, index] * self.steps.view(-1, 1, 1)
+        if part in self._scaled:
+            return self._scaled[part][samples, index]
         found = [lookup(factor, index) for factor in self.factors(part)]
         return torch.stack(found).sum(0) * self.steps.view(-1, 1, 1) if found else None
 
     def of_samples(self, chosen: Tensor) -> PerSamplePerturbation:
         """The same for the chosen samples, (B,) bool; none for the others. A copy."""
-        formed = {part: step * chosen.view(-1, *[1] * (step.dim() - 1)) for part, step in self._formed.items()}
+        formed = {part: gradients.clone() for part, gradients in self._formed.items()}
         return PerSamplePerturbation(self.norms, self.steps * chosen, self._factors, formed)
 
     def release(self) -> None:
         """Leave what backward still needs to the graph, which frees it layer by layer."""
-        self._factors, self._formed = {}, {}
+        self._factors, self._formed, self._scaled, self._own = {}, {}, {}, {}
         self._once.clear()

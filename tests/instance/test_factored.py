@@ -15,7 +15,6 @@ from deltasam_plugin.instance.factored import (
     contract,
     expand_into,
     form,
-    forming_is_cheaper,
     inner,
     lookup,
     right_products,
@@ -113,11 +112,3 @@ def test_steps_have_length_rho_or_none(squared: Tensor, rho: float) -> None:
 def test_no_step_along_what_is_not_finite(bad: float) -> None:
     _, steps = step_sizes(torch.tensor([bad, 4.0]), 1.0)
     assert steps.tolist() == [0.0, 0.5]
-
-
-@given(st.integers(1, 500), st.integers(1, 500), st.integers(1, 500))
-def test_the_cheaper_form(rows: int, outputs: int, inputs: int) -> None:
-    """Products counted one by one: norm, output, derivative."""
-    factored = 3 * (rows * rows * inputs + rows * rows * outputs)
-    explicit = 3 * rows * inputs * outputs
-    assert forming_is_cheaper(rows, outputs, inputs) == (explicit < factored)

@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deltasam_plugin.instance import InstanceEngine
+from deltasam_plugin.instance import InstanceEngine, planning
+from deltasam_plugin.instance.layers.base import Form
 from tests.helpers.instance_oracle import correction_error, trainable
 
 WIDTH, VOCABULARY, RHO, TOLERANCE = 8, 13, 0.3, 1e-9
@@ -259,9 +260,13 @@ EVERY_MODEL: dict[str, Callable[[], tuple[nn.Module, InstanceEngine]]] = {
 }
 
 
+@pytest.mark.parametrize("form", Form, ids=lambda form: form.name)
 @pytest.mark.parametrize("padding", SQUARE)
 @pytest.mark.parametrize("name", EVERY_MODEL)
-def test_square_batches_with_duplicates_repeated_words_and_padding(name: str, padding: str) -> None:
+def test_every_form_on_square_batches_with_duplicates_repeated_words_and_padding(
+    name: str, padding: str, form: Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "cheapest_form", lambda *arguments: form)
     model, engine = EVERY_MODEL[name]()
     tokens = torch.tensor(SQUARE[padding])
     masked = tokens.eq(4) | tokens.eq(7)

@@ -16,6 +16,7 @@ therefore gives :math:`\sum_i \nabla\ell_i(w + s_i g_i)`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,14 @@ class CallKey(NamedTuple):
         return f"{self.layer}({', '.join(part.name for part in (self.weight, self.bias) if part is not None)})"
 
 
+class Form(Enum):
+    """How the per-sample gradients G of a matrix are kept, and how the perturbed layer runs on them."""
+
+    FACTORED = "as factors; Wx + sGx"
+    BESIDE = "formed; Wx + sGx"
+    OWN = "formed; (W + sG)x, in one product"
+
+
 @dataclass(frozen=True)
 class PlannedCall:
     """A recorded call, and how it is perturbed.
@@ -72,7 +81,7 @@ class PlannedCall:
         weight: what is perturbed of it, or None.
         bias: likewise.
         grouping: of its rows, by sample.
-        formed: whether the per-sample gradients of the weight are formed, not kept as factors.
+        form: in which the per-sample gradients of the weight are kept.
         affine: whether the bias is part of the weight's factor.
     """
 
@@ -84,7 +93,7 @@ class PlannedCall:
     weight: ParameterSlice | None
     bias: ParameterSlice | None
     grouping: Grouping
-    formed: bool = False
+    form: Form = Form.FACTORED
     affine: bool = False
 
     @property
@@ -126,6 +135,14 @@ class Layer:
             gradients: where to add.
         """
         raise NotImplementedError
+
+    def run_perturbed(
+        self, call: PlannedCall, arguments: CallArguments, x: Tensor, perturbation: PerSamplePerturbation
+    ) -> Tensor:
+        """:meth:`run` with the parameters of each sample."""
+        y = self.run(arguments, x)
+        with torch.autocast(y.device.type, enabled=False):
+            return self.perturb_output(call, x, y, perturbation)
 
     def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
         """Add to y, in place, what the perturbation of the parameters adds.

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from deltasam_plugin.instance.factored import Factor
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
-from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall, added_to
+from deltasam_plugin.instance.layers.base import CallArguments, Form, Layer, PlannedCall, added_to
+from deltasam_plugin.precision import at_least_float32
 
 
 class Embedding(Layer):
@@ -44,8 +45,15 @@ class Embedding(Layer):
         padding_idx = call.options[0]
         if padding_idx is not None:
             gradient = gradient.masked_fill((index == padding_idx).unsqueeze(1), 0)
-        gradients.add_factor(call.weight, Factor(call.grouping.group(index), call.grouping.group(gradient)))
+        index, gradient = call.grouping.group(index), call.grouping.group(gradient)
+        if call.form is not Form.FACTORED:
+            gradients.add_rows(call.weight, index, at_least_float32(gradient), call.weight_shape)
+        else:
+            gradients.add_factor(call.weight, Factor(index, gradient))
 
-    def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
-        added = perturbation.lookup(call.weight, call.grouping.group(x.flatten().long()))
+    def run_perturbed(
+        self, call: PlannedCall, arguments: CallArguments, x: Tensor, perturbation: PerSamplePerturbation
+    ) -> Tensor:
+        y, index = self.run(arguments, x), call.grouping.group(x.flatten().long())
+        added = perturbation.lookup(call.weight, index, arguments.weight)  # type: ignore[arg-type]
         return y if added is None else added_to(y, call, added)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deltasam_plugin.instance.factored import Factor, contract, expand_into, form
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation, grouped
-from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall
+from deltasam_plugin.instance.layers.base import CallArguments, Form, Layer, PlannedCall
 from deltasam_plugin.instance.layout import Grouping
 from deltasam_plugin.precision import at_least_float32
 
@@ -44,6 +44,47 @@ class _AddExpanded(torch.autograd.Function):
         return gradient, towards, None, None, None
 
 
+class _OwnWeights(torch.autograd.Function):
+    """y = Wᵢx + bᵢ for the rows of sample i. The gradients of W and b are those of Wᵢ and bᵢ, added up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        own_weights: Tensor,
+        vector: Tensor | None,
+        grouping: Grouping,
+    ) -> Tensor:
+        ctx.save_for_backward(x, own_weights)
+        ctx.grouping = grouping
+        return _products(x, own_weights.transpose(1, 2), bias, vector, grouping)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, own_weights = ctx.saved_tensors
+        return (
+            _products(gradient, own_weights, None, None, ctx.grouping) if ctx.needs_input_grad[0] else None,
+            gradient.t() @ x if ctx.needs_input_grad[1] else None,
+            gradient.sum(0) if ctx.needs_input_grad[2] else None,
+            *(None, None, None),
+        )
+
+
+def _products(rows: Tensor, matrices: Tensor, bias: Tensor | None, vector: Tensor | None, grouping: Grouping) -> Tensor:
+    """Rows (N, m) times the matrix of their sample (B, m, n), plus a bias (n) for all and (B, n) for each: (N, n)."""
+    y = rows.new_empty(len(rows), matrices.shape[2])
+    target = grouping.group(y)
+    in_place = target.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+    if bias is not None:
+        target.copy_(bias if vector is None else (bias + vector).unsqueeze(1))
+    elif vector is not None:
+        target.copy_(vector.unsqueeze(1).expand_as(target))
+    target.baddbmm_(grouping.group(rows), matrices, beta=0 if bias is None and vector is None else 1)
+    return y if in_place else y.copy_(grouping.ungroup(target).reshape(y.shape))  # a Function must not return a view
+
+
 class Linear(Layer):
     """y = Wx + b, W (n, m)."""
 
@@ -67,19 +108,29 @@ class Linear(Layer):
         left = call.grouping.group(gradient)
         if call.weight is not None:
             right = gradients.once(grouped, call.grouping, x)
-            if call.formed:
+            if call.form is not Form.FACTORED:
                 gradients.add(call.weight, form(left, right))
             else:
                 gradients.add_factor(call.weight, Factor(left, right, call.bias if call.affine else None))
         if call.bias is not None and not call.affine:
             gradients.add(call.bias, at_least_float32(left).sum(1))
 
+    def run_perturbed(
+        self, call: PlannedCall, arguments: CallArguments, x: Tensor, perturbation: PerSamplePerturbation
+    ) -> Tensor:
+        weight, bias = arguments.weight, arguments.bias
+        if call.form is not Form.OWN or call.weight is None or weight is None:
+            return super().run_perturbed(call, arguments, x, perturbation)
+        own_weights, vector = perturbation.own_weights(call.weight, weight), perturbation.step(call.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return _OwnWeights.apply(x, weight, bias, own_weights, vector, call.grouping)
+
     def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
         vector = None if call.affine else perturbation.step(call.bias)
         if vector is not None and call.weight is None:
             ones = vector.new_ones(call.grouping.batch, call.grouping.rows_per_sample, 1)
             return _AddExpanded.apply(y, ones, vector.unsqueeze(1), None, call.grouping)
-        formed = perturbation.step(call.weight) if call.formed else None
+        formed = perturbation.step(call.weight) if call.form is Form.BESIDE else None
         if formed is not None:
             inputs = at_least_float32(call.grouping.group(x))
             return _AddExpanded.apply(y, inputs, formed.transpose(1, 2), vector, call.grouping)

@@ -92,7 +92,8 @@ class PerSampleGradients:
         """The perturbation of length rho along each sample's gradient, where that has a direction. Spends `self`."""
         norms, steps = step_sizes(self.squared_norms(losses), rho)
         finite = torch.isfinite(norms)
-        if not bool(finite.all()):
+        # A GPU is not waited for. There such a sample makes the whole gradient non-finite, as it does at w itself.
+        if not norms.is_cuda and not bool(finite.all()):
             # 0 · inf is not 0: the factors of such a sample must not reach the others' matrix products.
             self.formed = {part: _where(finite, gradients) for part, gradients in self.formed.items()}
             for factors in self.factors.values():

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -98,7 +99,10 @@ def through_fairseq(data: Path, criterion: str, options: list[object], precision
         rehearsal = Rehearsal()
         with rehearsal.active():
             trainers = updates(data, *arguments, count=UPDATES, bf16=precision == "bf16")
-            found[name] = steady(rehearsal, map(kept, trainers))
+            try:
+                found[name] = steady(rehearsal, map(kept, trainers))
+            except RuntimeError as error:
+                print(f"{name}, {precision}: {error}", file=sys.stderr)
     return found
 
 
@@ -146,6 +150,9 @@ def row(title: str, counts: dict[str, Counts]) -> str:
     adam = counts["Adam"]
     cells = [title, str(adam.launches)]
     for name, method in METHODS.items():
+        if name not in counts:
+            cells.append("refused")
+            continue
         added = counts[name].added_waits(adam, method.forwards, method.backwards)
         cells.append(f"{counts[name].launches / adam.launches:.2f} ({counts[name].launches}), {added}")
     return "| " + " | ".join(cells) + " |"

@@ -137,6 +137,7 @@ WAITS = {
     "tensor": lambda x: torch.tensor(1.0, device=x.device),
     "as_tensor": lambda x: torch.as_tensor([1.0], device="cuda"),
     "new_tensor": lambda x: x.new_tensor(1.0),
+    "copy to other memory": lambda x: torch.empty(3).copy_(x, non_blocking=True),
     "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
 }
 NO_WAITS = {
@@ -146,6 +147,7 @@ NO_WAITS = {
     "full": lambda x: torch.full((2,), 3.0, device="cuda"),
     "later": lambda x: torch.ones(2).to("cuda", non_blocking=True),
     "sort": lambda x: x.sort(),
+    "copy to pinned memory": lambda x: torch.empty(3, pin_memory=True).copy_(x, non_blocking=True),
 }
 
 

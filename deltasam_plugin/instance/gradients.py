@@ -8,7 +8,7 @@ the entries of all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layout import Grouping
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.precision import at_least_float32
+
+SMALL = 2**14  # numbers in a sample's gradient that is joined with others
 
 
 def grouped(grouping: Grouping, rows: Tensor) -> Tensor:
@@ -76,32 +78,47 @@ class PerSampleGradients:
 
     def squared_norms(self, losses: Tensor) -> Tensor:
         r""":math:`\|g_i\|^2` over all parameters, (B,), double precision, on the losses' device."""
-        total = torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
-        for gradients in self.formed.values():
-            total += gradients.flatten(1).square().sum(1)
+        return self._squared_norms(losses, list(self._blocks().values()))
+
+    def _squared_norms(self, losses: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+        parts = [gradients.square().sum(1) for gradients in blocks]
         once = Memo(size=1)  # query, key and value projections have the same right vectors
         for factors in self.factors.values():
             for i, one in enumerate(factors):
-                total += inner(one, one, once(right_products, one.right, one.right, one.bias is not None))
+                parts.append(inner(one, one, once(right_products, one.right, one.right, one.bias is not None)))
                 for other in factors[i + 1 :]:
                     affine = one.bias is not None and other.bias is not None
-                    total += 2 * inner(one, other, right_products(one.right, other.right, affine))
-        return total
+                    parts.append(2 * inner(one, other, right_products(one.right, other.right, affine)))
+        if not parts:
+            return torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
+        return torch.stack(parts).sum(0, dtype=torch.float64)
+
+    def _blocks(self) -> dict[tuple[ParameterSlice, ...], Tensor]:
+        """What is formed, flattened to (B, P); small gradients side by side, because each kernel must be launched."""
+        small = tuple(part for part, gradients in self.formed.items() if gradients.flatten(1).shape[1] <= SMALL)
+        blocks = {(part,): gradients.flatten(1) for part, gradients in self.formed.items() if part not in set(small)}
+        if small:
+            blocks[small] = torch.cat([self.formed[part].flatten(1) for part in small], dim=1)
+        return blocks
 
     def perturbation(self, losses: Tensor, rho: float) -> PerSamplePerturbation:
         """The perturbation of length rho along each sample's gradient, where that has a direction. Spends `self`."""
-        norms, steps = step_sizes(self.squared_norms(losses), rho)
+        blocks = self._blocks()
+        norms, steps = step_sizes(self._squared_norms(losses, list(blocks.values())), rho)
         finite = torch.isfinite(norms)
         # A GPU is not waited for. There such a sample makes the whole gradient non-finite, as it does at w itself.
         if not norms.is_cuda and not bool(finite.all()):
             # 0 · inf is not 0: the factors of such a sample must not reach the others' matrix products.
-            self.formed = {part: _where(finite, gradients) for part, gradients in self.formed.items()}
+            blocks = {parts: _where(finite, gradients) for parts, gradients in blocks.items()}
             for factors in self.factors.values():
                 factors[:] = [Factor(_where(finite, f.left), _where(finite, f.right), f.bias) for f in factors]
-        for gradients in self.formed.values():
-            gradients.mul_(steps.to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1)))
+        formed = {}
+        for parts, gradients in blocks.items():
+            shapes = [self.formed[part].shape[1:] for part in parts]
+            pieces = gradients.mul_(steps.to(gradients.dtype).unsqueeze(1)).split([s.numel() for s in shapes], dim=1)
+            formed |= {part: piece.unflatten(1, shape) for part, piece, shape in zip(parts, pieces, shapes)}
         dtype = torch.promote_types(losses.dtype, torch.float32)
-        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), self.formed)
+        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), formed)
 
 
 def _where(finite: Tensor, values: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -51,6 +52,7 @@ TENSORS_OF_CAT = 128  # that one kernel of torch.cat reads
 # torch's multi_tensor_apply: how many tensors, chunks of numbers and blocks one kernel of a _foreach operation takes.
 TENSORS_OF_FOREACH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 CHUNK, BLOCKS = 65536, 320
+CLOSE = 50  # launches that take the device no longer than the host needs to go on
 PACKAGES = ("deltasam_plugin", "fairseq", "fairseq_cli")
 
 
@@ -168,6 +170,7 @@ class Rehearsal(TorchDispatchMode):
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.waits: list[Wait] = []
+        self.since_wait = 0  # launches
         self.launches: Counter[str] = Counter()
         self._random = torch.Generator().manual_seed(seed).get_state()
 
@@ -245,6 +248,7 @@ class Rehearsal(TorchDispatchMode):
                 },
                 **{name: lambda *_: 0 for name in ("current_device", "max_memory_allocated", "memory_allocated")},
                 "device_count": lambda: 1,
+                "current_stream": lambda *_: SimpleNamespace(record_event=partial(Event, self)),
                 "get_device_properties": lambda *_: properties,
                 "get_device_capability": lambda *_: (7, 0),
                 "get_rng_state": lambda *_: self._random.clone(),
@@ -288,7 +292,11 @@ class Rehearsal(TorchDispatchMode):
         if name == "prim::device":
             return DEVICE if there else HOST
         if not (there or on_device):
-            return func(*args, **kwargs)
+            pinned = kwargs.pop("pin_memory", None)
+            found = func(*args, **kwargs)
+            if pinned:
+                found.pinned = True
+            return found
         self._judge(func, args, kwargs, given, on_device)
         same: dict[int, Any] = {}  # the tensor that each plain one stands for
 
@@ -305,7 +313,9 @@ class Rehearsal(TorchDispatchMode):
         with _disable_current_modes(), self._randomness(func, kwargs) if on_device else contextlib.nullcontext():
             found = _run(func, plain_args, plain_kwargs)
         if on_device:
-            self.launches[name] += launches(name, args, found)
+            count = launches(name, args, found)
+            self.launches[name] += count
+            self.since_wait += count
         if found is None or not on_device or name == "aten::_local_scalar_dense":
             return found
         return mapped(lambda value: same[id(value)] if id(value) in same else OnDevice(value), found)
@@ -316,8 +326,8 @@ class Rehearsal(TorchDispatchMode):
         if name in COPIES:
             source = args[1] if name == "aten::copy_" else args[0]
             later = kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
-            if isinstance(source, OnDevice) != on_device and not (later and on_device):
-                self._wait("copy to the device" if on_device else "copy from the device")
+            if isinstance(source, OnDevice) != on_device and not (later and (on_device or hasattr(args[0], "pinned"))):
+                self.wait("copy to the device" if on_device else "copy from the device")
             return
         indices = [i for i in args[1] or () if isinstance(i, Tensor)] if name in INDEXED else []
         pointwise = torch.Tag.pointwise in func.tags or name in NUMBERS or name in INDEXED
@@ -330,16 +340,17 @@ class Rehearsal(TorchDispatchMode):
             raise RuntimeError(f"Expected all tensors to be on the same device: {func} of {shapes}")
         masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
         if name in AWAITED or masks or any(not isinstance(index, OnDevice) for index in indices):
-            self._wait(name.removeprefix("aten::") + (" by a mask" if masks else ""))
+            self.wait(name.removeprefix("aten::") + (" by a mask" if masks else ""))
         elif name == "aten::repeat_interleave" and kwargs.get("output_size") is None:
-            self._wait("repeat_interleave")
+            self.wait("repeat_interleave")
 
-    def _wait(self, kind: str) -> None:
+    def wait(self, kind: str) -> None:
+        """Record a wait of the code that runs."""
         owner = place = ""
         in_pass = False
         for frame, line in traceback.walk_stack(None):
             file, name = frame.f_code.co_filename, frame.f_code.co_name
-            in_pass |= name == "train_step" and file.endswith("fairseq_task.py")
+            in_pass |= (name == "train_step" and file.endswith("fairseq_task.py")) or "/fairseq/models/" in file
             if owner or name == "__torch_function__":  # there a call of somebody else's passes through
                 continue
             package = next((package for package in PACKAGES if f"/{package}/" in file), None)
@@ -347,6 +358,7 @@ class Rehearsal(TorchDispatchMode):
                 owner = "autograd"
             elif package is not None:
                 owner, place = package, f"{file.split(f'/{package}/', 1)[1]}:{line} {name}"
+        self.since_wait = 0
         self.waits.append(Wait(kind, owner, place, in_pass))
 
     @contextlib.contextmanager
@@ -362,6 +374,20 @@ class Rehearsal(TorchDispatchMode):
         finally:
             self._random = torch.get_rng_state()
             torch.set_rng_state(before)
+
+
+class Event:
+    """A mark in the stream. To wait for it is to wait for the device, unless the device stands close before it.
+
+    It does where the host has waited shortly before the mark was made: there was little for the device to do since.
+    """
+
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self._rehearsal, self._close = rehearsal, rehearsal.since_wait <= CLOSE
+
+    def synchronize(self) -> None:
+        if not self._close:
+            self._rehearsal.wait("event")
 
 
 def _with_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

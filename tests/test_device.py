@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.launches import METHODS, in_python, tasks
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.replay import RandomState
+from tests.helpers import corpora
 from tests.helpers.rehearsal import BLOCKS, CHUNK, OnDevice, Rehearsal, foreach_launches, moved, plain
 from tests.helpers.rehearsed_runs import steady
 
@@ -95,6 +98,19 @@ def test_a_steady_update_does_not_wait_and_launches_few_kernels(mode: str) -> No
     assert base.waits == []
     assert own.waits == []
     assert own.launches <= LAUNCHES[mode] * base.launches
+
+
+TARGETS = {"uniform": 2.3, "curvature": 3.2, "instance": 3.3}
+
+
+@pytest.mark.slow
+def test_launches_of_a_transformer(tmp_path: Path) -> None:
+    """Six and six layers, torch's Adam: the row "Python" of benchmarks/launches.py."""
+    corpus, criterion, options = tasks(6)["translation"]
+    counts = in_python(corpora.corpus(corpus, tmp_path), criterion, options)
+    for mode, most in TARGETS.items():
+        assert counts[mode].launches <= most * counts["Adam"].launches, mode
+        assert counts[mode].added_waits(counts["Adam"], METHODS[mode].forwards, METHODS[mode].backwards) == 0
 
 
 # --- the rehearsal itself

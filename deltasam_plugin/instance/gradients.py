@@ -96,7 +96,8 @@ class PerSampleGradients:
     def _blocks(self) -> dict[tuple[ParameterSlice, ...], Tensor]:
         """What is formed, flattened to (B, P); small gradients side by side, because each kernel must be launched."""
         small = tuple(part for part, gradients in self.formed.items() if gradients.flatten(1).shape[1] <= SMALL)
-        blocks = {(part,): gradients.flatten(1) for part, gradients in self.formed.items() if part not in set(small)}
+        blocks: dict[tuple[ParameterSlice, ...], Tensor] = {}
+        blocks |= {(part,): self.formed[part].flatten(1) for part in self.formed if part not in small}
         if small:
             blocks[small] = torch.cat([self.formed[part].flatten(1) for part in small], dim=1)
         return blocks
@@ -112,7 +113,7 @@ class PerSampleGradients:
             blocks = {parts: _where(finite, gradients) for parts, gradients in blocks.items()}
             for factors in self.factors.values():
                 factors[:] = [Factor(_where(finite, f.left), _where(finite, f.right), f.bias) for f in factors]
-        formed = {}
+        formed: dict[ParameterSlice, Tensor] = {}
         for parts, gradients in blocks.items():
             shapes = [self.formed[part].shape[1:] for part in parts]
             pieces = gradients.mul_(steps.to(gradients.dtype).unsqueeze(1)).split([s.numel() for s in shapes], dim=1)

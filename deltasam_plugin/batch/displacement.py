@@ -172,7 +172,7 @@ def displace(
     originals: Sequence[Tensor],
     steps: Sequence[Tensor | None],
     scale: Tensor,
-    unit: Tensor | float = 1.0,
+    unit: Tensor | None = None,
 ) -> None:
     """Set every parameter to its original plus ``scale * (step / unit)``; to be called inside :func:`restored`.
 
@@ -181,7 +181,7 @@ def displace(
         originals: from :func:`restored`, one per parameter.
         steps: one per parameter, of its shape; None moves nothing.
         scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
-        unit: scalar.
+        unit: scalar; one by default.
     """
     for p, original, step in zip(parameters, originals, steps, strict=True):
         if step is None:
@@ -196,8 +196,10 @@ def displace(
         chosen, before, steps = zip(*(moving[i] for i in lot))
         original = torch.cat([tensor.flatten() for tensor in before])
         value = original if chosen[0].master is None else torch.cat([p.value.flatten() for p in chosen])
-        factor, divisor = scale.to(original.device), torch.as_tensor(unit, device=original.device)
-        moved = (value + factor * (joined(steps) / divisor)).to(original.dtype)
+        factor = scale.to(original.device)
+        divisor = None if unit is None else unit.to(original.device)
+        scaled = joined(steps) if divisor is None else joined(steps) / divisor
+        moved = (value + factor * scaled).to(original.dtype)
         parts = torch.where(factor != 0, moved, original).split([tensor.numel() for tensor in before])
         copy_all([p.parameter for p in chosen], [part.view(old.shape) for part, old in zip(parts, before, strict=True)])
 

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, dense, lots
+from deltasam_plugin.batch.displacement import PerturbedParameter, dense
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,23 @@ class Workers:
         """The first worker's seed, for all."""
         if self.group is None:
             return seed
-        return int(self._from_each(seed)[0])
+        return int(self._from_each(torch.full((1,), seed, device=self._device))[0])
 
     def any_of(self, flags: list[bool]) -> list[bool]:
         """Which of the flags, as many for each worker, are set for any worker."""
         if self.group is None:
             return flags
-        return [any(column) for column in zip(*self._from_each(flags), strict=True)]
+        total = torch.tensor(flags, dtype=torch.int32).to(self._device, non_blocking=True)
+        dist.all_reduce(total, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in total.tolist()]
 
     def total(self, count: int, scale: Tensor) -> int:
         """The number of samples of all workers; those of a worker whose loss is multiplied by zero do not count."""
         if self.group is None:
             return count
-        return sum(self._from_each(count if bool(scale != 0) else 0))
+        total = _counted(count, scale).to(self._device)
+        dist.all_reduce(total, group=self.group)
+        return int(total)
 
     def all_gather(self, differences: Tensor, floor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, slice]:
         """The measurements of all workers' probes, side by side.
@@ -59,40 +64,58 @@ class Workers:
         """
         if self.group is None:
             return differences, floor, slice(None)
-        mine = (differences.cpu(), floor.cpu()) if bool(scale != 0) else None
-        theirs = self._from_each(mine)
-        rank = dist.get_rank(self.group)
-        start = sum(part[0].size(1) for part in theirs[:rank] if part is not None)
-        present = [part for part in theirs if part is not None]
-        if mine is None:  # its gradient is zero whatever the weights; they must only be as many as its samples
-            present, start = [*present, (differences.cpu(), floor.cpu())], sum(part[0].size(1) for part in present)
-        joined = [torch.cat(parts, dim=1).to(differences.device) for parts in zip(*present, strict=True)]
-        return joined[0], joined[1], slice(start, start + differences.size(1))
+        batch, rank = differences.size(1), dist.get_rank(self.group)
+        sizes = torch.stack([_counted(batch, scale), torch.full_like(scale, batch, dtype=torch.long)])
+        counted, given = torch.stack(self._from_each(sizes)).t().tolist()  # the one wait for the device
+        own = F.pad(torch.stack([differences, floor.to(differences)]), (0, max(given) - batch))
+        theirs = [part.to(differences.device) for part in self._from_each(own)]
+        present = [part[..., :size] for part, size in zip(theirs, counted, strict=True)]
+        start = sum(counted[:rank])
+        if counted[rank] == 0:  # its gradient is zero whatever the weights; they must only be as many as its samples
+            present, start = [*present, theirs[rank][..., :batch]], sum(counted)
+        joined = torch.cat(present, dim=2)
+        return joined[0], joined[1], slice(start, start + batch)
 
-    def _from_each(self, own: Any) -> list[Any]:
-        """What each worker gives, by rank."""
-        given: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(given, own, group=self.group)
+    @property
+    def _device(self) -> torch.device:
+        """Where tensors must be for an exchange."""
+        on_gpus = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpus else torch.device("cpu")
+
+    def _from_each(self, own: Tensor) -> list[Tensor]:
+        """What each worker gives, by rank: tensors of one shape."""
+        own = own.to(self._device)
+        given = [torch.empty_like(own) for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather(given, own.contiguous(), group=self.group)
         return given
 
     def all_reduce(
         self, gradients: list[Tensor | None], parameters: Sequence[PerturbedParameter]
     ) -> list[Tensor | None]:
-        """The sum of all workers' ascent gradients, in at least fp32; those of a worker on its own as they are."""
+        """The sum of all workers' ascent gradients, in at least fp32; those of a worker on its own as they are.
+
+        One flat buffer for each device and type, in one exchange.
+        """
         if self.group is None:
             return gradients
         total: list[Tensor | None] = [None] * len(gradients)
         reached = [i for i, is_reached in enumerate(self.any_of([g is not None for g in gradients])) if is_reached]
-        own = []
+        buffers: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
         for i in reached:
-            gradient = gradients[i]
-            own.append(torch.zeros_like(dense(parameters[i].parameter)) if gradient is None else dense(gradient))
-        for lot in lots(own):
-            flat = torch.cat([own[i].flatten() for i in lot])
+            gradient, parameter = gradients[i], parameters[i].parameter
+            own = torch.zeros_like(dense(parameter)) if gradient is None else dense(gradient)
+            buffers.setdefault((own.device, own.dtype), []).append((i, own))
+        for items in buffers.values():
+            flat = torch.cat([own.flatten() for _, own in items])
             dist.all_reduce(flat, group=self.group)
-            for i, part in zip(lot, flat.split([own[i].numel() for i in lot]), strict=True):
-                total[reached[i]] = part.view(own[i].shape)
+            for (i, own), part in zip(items, flat.split([own.numel() for _, own in items]), strict=True):
+                total[i] = part.view(own.shape)
         return total
+
+
+def _counted(count: int, scale: Tensor) -> Tensor:
+    """The number, or zero where the loss is multiplied by zero: integer scalar."""
+    return torch.where(scale != 0, count, 0)
 
 
 NO_SYNC = Workers()

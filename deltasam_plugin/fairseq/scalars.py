@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
-from fairseq import utils
+import torch
 from fairseq.logging import metrics
 
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import Settings
 
 PREFIX = "sam_"
-BATCHES = PREFIX + "batches"
+BATCHES, SHARPNESS = PREFIX + "batches", PREFIX + "sharpness"
+SIZE = "sample_size"
+HIDDEN = "_"  # fairseq does not show what begins with it
 MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm")  # over micro-batches and workers
 SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEANS, "sharpness"))
 
@@ -34,20 +37,33 @@ def log_entries(statistics: Statistics, settings: Settings) -> dict[str, Any]:
 def log_scalars(logging_outputs: list[dict[str, Any]]) -> None:
     """Log the scalars of all micro-batches and workers.
 
+    fairseq asks for the value of every meter at every update. A rounding meter would wait for the device to give it. So
+    sums are kept under hidden names, and what is shown is derived from them on the device.
+
     Args:
         logging_outputs: one of each micro-batch, or their sum.
     """
     names = {key for log in logging_outputs for key in log if key.startswith(PREFIX)}
-    totals = {name: sum(log.get(name, 0) for log in logging_outputs) for name in (*names, "sample_size")}
-    batches, sample_size = utils.item(totals.get(BATCHES, 0)), totals["sample_size"]
-    if batches == 0:
+    if BATCHES not in names:
         return
-    if sample_size:
-        sharpness = totals[PREFIX + "sharpness"] / sample_size / math.log(2)
-        metrics.log_scalar(PREFIX + "sharpness", sharpness, sample_size, 610, round=6)
-    for name in (PREFIX + name for name in MEANS):
-        if name in names:
-            metrics.log_scalar(name, totals[name] / batches, batches, 620, round=6)
+    totals = {name: _total([log[name] for log in logging_outputs if name in log]) for name in (*names, SIZE)}
+    means = {PREFIX + name: (BATCHES, 1.0, 620) for name in MEANS}
+    for name, (count, unit, priority) in (means | {SHARPNESS: (SIZE, math.log(2), 610)}).items():
+        if name in names and (torch.is_tensor(totals[count]) or totals[count] > 0):
+            metrics.log_scalar_sum(HIDDEN + name, totals[name])
+            metrics.log_scalar_sum(HIDDEN + name + "_count", totals[count] * unit)
+            metrics.log_derived(name, partial(_mean, name), priority)
     for name in (PREFIX + name for name in SUMS):
         if name in names:
             metrics.log_scalar_sum(name, totals[name], 630)
+
+
+def _total(values: list[Any]) -> Any:
+    """Their sum; one value as it is."""
+    return sum(values[1:], values[0]) if values else 0
+
+
+def _mean(name: str, meters: Any) -> Any:
+    """The mean of what was logged, to six decimals: a tensor on its device."""
+    mean = torch.as_tensor(meters[HIDDEN + name].sum / meters[HIDDEN + name + "_count"].sum, dtype=torch.double)
+    return mean.round(decimals=6)

@@ -22,6 +22,7 @@ from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
+from deltasam_plugin.instance.layout import Listed
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
@@ -129,7 +130,7 @@ class InstanceEngine:
         with torch.autocast(losses.device.type, enabled=False):
             seed = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).detach().expand_as(losses)
             self._coverage.exclude(tape.misused())
-            calls, rows, scaled = list(tape.calls), tape.rows, []
+            calls, rows, scaled = list(tape.calls), [Listed(owners, losses.numel()) for owners in tape.rows], []
             tape.calls.clear()
             check = self._is_to_be_checked()
             if losses.numel() > 1 and (check or self._ownership.leaves_open(calls, losses, rows)):

@@ -118,7 +118,8 @@ class _Coefficients(torch.autograd.Function):
         ctx.save_for_backward(right, steps)
         ctx.dtype = x.dtype
         products = torch.bmm(at_least_float32(x), at_least_float32(right).transpose(1, 2))
-        return (products.add_(1) if affine else products).mul_(steps.view(-1, 1, 1))
+        steps = steps.view(-1, 1, 1)
+        return torch.addcmul(steps, products, steps, out=products) if affine else products.mul_(steps)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]

@@ -27,6 +27,8 @@ from deltasam_plugin.instance.layout import Grouping
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.precision import at_least_float32
 
+SMALL = 2**14  # numbers in a sample's gradient that is joined with others
+
 
 def grouped(grouping: Grouping, rows: Tensor) -> Tensor:
     """``grouping.group(rows)``, as a function for :class:`Memo`."""
@@ -91,31 +93,52 @@ class PerSampleGradients:
 
     def squared_norms(self, losses: Tensor) -> Tensor:
         r""":math:`\|g_i\|^2` over all parameters, (B,), double precision, on the losses' device."""
-        total = torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
-        for gradients in self.formed.values():
+        return self._squared_norms(losses, self._joined())
+
+    def _squared_norms(self, losses: Tensor, joined: Tensor | None) -> Tensor:
+        parts = [] if joined is None else [joined.square().sum(1)]
+        for part in self.formed.keys() - self._small():
             # By rows, to read the gradients once: fp32 loses nothing over so few elements.
-            rows = torch.linalg.vector_norm(gradients.flatten(2) if gradients.dim() > 2 else gradients, dim=-1)
-            total += rows.double().square().reshape(len(total), -1).sum(1)
+            rows = self.formed[part].flatten(2) if self.formed[part].dim() > 2 else self.formed[part].unsqueeze(1)
+            parts.append(torch.linalg.vector_norm(rows, dim=2).square().sum(1))
         once = Memo(size=1)  # query, key and value projections have the same right vectors
         for factors in self.factors.values():
             for i, one in enumerate(factors):
-                total += inner(one, one, once(right_products, one.right, one.right, one.bias is not None))
+                parts.append(inner(one, one, once(right_products, one.right, one.right, one.bias is not None)))
                 for other in factors[i + 1 :]:
                     affine = one.bias is not None and other.bias is not None
-                    total += 2 * inner(one, other, right_products(one.right, other.right, affine))
-        return total
+                    parts.append(2 * inner(one, other, right_products(one.right, other.right, affine)))
+        if not parts:
+            return torch.zeros(losses.shape, dtype=torch.float64, device=losses.device)
+        return torch.stack(parts).sum(0, dtype=torch.float64)
+
+    def _small(self) -> list[ParameterSlice]:
+        """What is formed and has few elements. It is joined, because each kernel must be launched."""
+        return [part for part, gradients in self.formed.items() if gradients[0].numel() <= SMALL]
+
+    def _joined(self) -> Tensor | None:
+        small = [self.formed[part].flatten(1) for part in self._small()]
+        return torch.cat(small, dim=1) if small else None
 
     def perturbation(self, losses: Tensor, rho: float) -> PerSamplePerturbation:
         """The perturbation of length rho along each sample's gradient, where that has a direction. Spends `self`."""
-        norms, steps = step_sizes(self.squared_norms(losses), rho)
+        joined = self._joined()
+        norms, steps = step_sizes(self._squared_norms(losses, joined), rho)
         finite = torch.isfinite(norms)
-        if not bool(finite.all()):
+        # A GPU is not waited for. There such a sample makes the whole gradient non-finite, as it does at w itself.
+        if not norms.is_cuda and not bool(finite.all()):
             # 0 · inf is not 0: the factors of such a sample must not reach the others' matrix products.
+            joined = None if joined is None else _where(finite, joined)
             self.formed = {part: _where(finite, gradients) for part, gradients in self.formed.items()}
             for factors in self.factors.values():
                 factors[:] = [Factor(_where(finite, f.left), _where(finite, f.right), f.bias) for f in factors]
+        scaled: dict[ParameterSlice, Tensor] = {}
+        if joined is not None:
+            shapes = {part: self.formed.pop(part).shape[1:] for part in self._small()}
+            pieces = joined.mul_(steps.to(joined.dtype).unsqueeze(1)).split([s.numel() for s in shapes.values()], dim=1)
+            scaled = {part: piece.unflatten(1, shape) for (part, shape), piece in zip(shapes.items(), pieces)}
         dtype = torch.promote_types(losses.dtype, torch.float32)
-        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), self.formed)
+        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), self.formed, scaled)
 
 
 def _where(finite: Tensor, values: Tensor) -> Tensor:
@@ -138,10 +161,10 @@ class PerSamplePerturbation:
         steps: Tensor,
         factors: dict[ParameterSlice, list[Factor]],
         formed: dict[ParameterSlice, Tensor],
+        scaled: dict[ParameterSlice, Tensor],
     ) -> None:
         self.norms, self.steps = norms, steps
-        self._factors, self._formed = factors, formed
-        self._scaled: dict[ParameterSlice, Tensor] = {}
+        self._factors, self._formed, self._scaled = factors, formed, scaled
         self._own: dict[ParameterSlice, Tensor] = {}
         self._once = Memo(size=1)
 
@@ -166,9 +189,12 @@ class PerSamplePerturbation:
             weight: its values (n, m), in the same precision.
         """
         if part.upright not in self._own:
-            gradients = self._formed.pop(part.upright)
             upright = weight.detach().t() if part.transposed else weight.detach()
-            self._own[part.upright] = torch.addcmul(upright, gradients, self._steps_of(gradients), out=gradients)
+            if part.upright in self._scaled:
+                self._own[part.upright] = upright + self._scaled.pop(part.upright)
+            else:
+                gradients = self._formed.pop(part.upright)
+                self._own[part.upright] = torch.addcmul(upright, gradients, self._steps_of(gradients), out=gradients)
         own = self._own[part.upright]
         return own.transpose(1, 2) if part.transposed else own
 
@@ -205,7 +231,8 @@ class PerSamplePerturbation:
     def of_samples(self, chosen: Tensor) -> PerSamplePerturbation:
         """The same for the chosen samples, (B,) bool; none for the others. A copy."""
         formed = {part: gradients.clone() for part, gradients in self._formed.items()}
-        return PerSamplePerturbation(self.norms, self.steps * chosen, self._factors, formed)
+        scaled = {part: step * chosen.view(-1, *[1] * (step.dim() - 1)) for part, step in self._scaled.items()}
+        return PerSamplePerturbation(self.norms, self.steps * chosen, self._factors, formed, scaled)
 
     def release(self) -> None:
         """Leave what backward still needs to the graph, which frees it layer by layer."""

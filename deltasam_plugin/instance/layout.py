@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 import torch
 from torch import Tensor
+
+from deltasam_plugin.instance.arrival import arriving
 
 # Owners of a row that no sample's loss depends on, and of one that several do.
 NOBODY, SEVERAL = -1, -2
@@ -87,7 +90,7 @@ def one_sample(leading_shape: tuple[int, ...]) -> Grouping:
 
 
 class Listed(Grouping):
-    """Rows in no order.
+    """Rows in no order. Make one for each list, and share it: the device is asked how many rows a sample has.
 
     Args:
         owners: the sample of each row, integer, shape leading_shape.
@@ -96,13 +99,17 @@ class Listed(Grouping):
 
     def __init__(self, owners: Tensor, batch: int) -> None:
         index = owners.flatten()
-        counts = torch.bincount(index, minlength=batch)
+        counts = index.new_zeros(batch).index_add_(0, index, torch.ones_like(index))  # bincount() waits for the device
         starts = counts.cumsum(0) - counts
         order = torch.argsort(index, stable=True)
         positions = torch.empty_like(index)
         positions[order] = torch.arange(len(index), device=index.device) - starts[index[order]]
-        self.leading_shape, self.batch, self.rows_per_sample = tuple(owners.shape), batch, int(counts.max())
-        self._where = index, positions
+        self.leading_shape, self.batch = tuple(owners.shape), batch
+        self._where, self._most = (index, positions), arriving(counts.max())
+
+    @cached_property
+    def rows_per_sample(self) -> int:  # type: ignore[override]
+        return self._most()
 
     def group(self, rows: Tensor) -> Tensor:
         grouped = rows.new_zeros(self.batch, self.rows_per_sample, *rows.shape[1:])
@@ -112,6 +119,10 @@ class Listed(Grouping):
         return grouped[self._where].reshape(*self.leading_shape, *grouped.shape[2:])
 
     def owners(self) -> Tensor:
+        return self._owners
+
+    @cached_property
+    def _owners(self) -> Tensor:
         return self._where[0].cpu().reshape(self.leading_shape)
 
 
@@ -129,17 +140,17 @@ class Layout:
     outer: bool = True
     listed: int | None = None
 
-    def bind(self, leading_shape: tuple[int, ...], batch: int, rows: Sequence[Tensor]) -> Grouping | None:
+    def bind(self, leading_shape: tuple[int, ...], batch: int, rows: Sequence[Listed]) -> Grouping | None:
         """The rows of a call with these sizes, or None where the layout is impossible.
 
         Args:
             leading_shape: of the call.
             batch: B.
-            rows: lists of the sample of each row (N,), from the caller.
+            rows: the caller's lists of the sample of each row (N,).
         """
         if self.listed is not None:
-            fits = self.listed < len(rows) and leading_shape == tuple(rows[self.listed].shape)
-            return Listed(rows[self.listed], batch) if fits else None
+            fits = self.listed < len(rows) and leading_shape == rows[self.listed].leading_shape
+            return rows[self.listed] if fits else None
         if self.dim >= len(leading_shape) or leading_shape[self.dim] == 0 or leading_shape[self.dim] % batch:
             return None
         return _Strided.of(leading_shape, batch, self.dim, self.outer)

@@ -40,7 +40,7 @@ class Ownership:
     def __init__(self) -> None:
         self._layouts: dict[CallKey, list[Layout]] = {}  # an empty list: rows in no order
 
-    def leaves_open(self, calls: Sequence[RecordedCall], losses: Tensor, rows: Sequence[Tensor]) -> bool:
+    def leaves_open(self, calls: Sequence[RecordedCall], losses: Tensor, rows: Sequence[Listed]) -> bool:
         """Whether known layouts and the sizes of this batch leave open which rows belong to which sample.
 
         Args:
@@ -65,7 +65,7 @@ class Ownership:
         gradients: Sequence[Tensor | None],
         scaled: Sequence[Sequence[Tensor | None]],
         batch: int,
-        rows: Sequence[Tensor],
+        rows: Sequence[Listed],
     ) -> tuple[list[Grouping | None], dict[str, str]]:
         """The rows of every call, by sample.
 
@@ -118,14 +118,14 @@ class Ownership:
                 reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
         return found, reasons
 
-    def _candidates(self, call: RecordedCall, batch: int, rows: Sequence[Tensor]) -> Iterator[tuple[Layout, Grouping]]:
+    def _candidates(self, call: RecordedCall, batch: int, rows: Sequence[Listed]) -> Iterator[tuple[Layout, Grouping]]:
         layouts = self._layouts.get(call.key) if batch > 1 else None
         for layout in conceivable(call.key.rank, len(rows)) if layouts is None else layouts:
             grouping = layout.bind(call.leading_shape, batch, rows)
             if grouping is not None:
                 yield layout, grouping
 
-    def _bound(self, call: RecordedCall, batch: int, rows: Sequence[Tensor]) -> Grouping | None:
+    def _bound(self, call: RecordedCall, batch: int, rows: Sequence[Listed]) -> Grouping | None:
         """The grouping on which all known layouts agree."""
         if batch > 1 and call.key not in self._layouts:
             return None  # sizes alone prove nothing

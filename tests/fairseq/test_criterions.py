@@ -14,6 +14,8 @@ import torch
 from fairseq import options, tasks
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.registry import REGISTRIES
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltasam_plugin.fairseq.criterions.registry import (
     CALLS,
@@ -25,6 +27,7 @@ from deltasam_plugin.fairseq.criterions.registry import (
     per_sample_losses_of,
     recorded_outputs,
 )
+from deltasam_plugin.fairseq.criterions.tokens import positions
 from tests.helpers.corpora import CORPORA, RECIPES, W2V, Recipe, corpus
 from tests.helpers.runs import SMOOTHED, TRANSLATION, base
 
@@ -346,3 +349,9 @@ def test_check_sees_the_shared_part() -> None:
 
 def test_corpora_are_named_after_their_makers() -> None:
     assert {recipe.corpus for recipe in ORACLES.values()} == CORPORA.keys()
+
+
+@given(st.lists(st.booleans(), max_size=12), st.sampled_from([(-1,), (-1, 1), (1, -1)]))
+def test_positions_are_those_of_nonzero(values: list[bool], shape: tuple[int, ...]) -> None:
+    mask = torch.tensor(values, dtype=torch.bool).view(shape if values else -1)
+    assert torch.equal(positions(mask, int(mask.sum())), mask.flatten().nonzero().flatten())

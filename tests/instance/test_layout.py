@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltasam_plugin.instance.layout import NOBODY, Layout, agreed, conceivable, consistent
+from deltasam_plugin.instance.layout import NOBODY, Layout, Listed, agreed, conceivable, consistent
 
 WIDTH = 2
 
@@ -52,7 +52,7 @@ def test_rows_are_grouped_by_their_sample(call: tuple[Layout, tuple[int, ...], i
 def test_listed_rows_are_padded_with_zeros(listed: list[int], batch: int) -> None:
     index = torch.tensor(listed)
     rows = torch.arange(1.0, len(listed) * WIDTH + 1).view(-1, WIDTH)
-    grouping = Layout(listed=0).bind(tuple(index.shape), batch, [index])
+    grouping = Layout(listed=0).bind(tuple(index.shape), batch, [Listed(index, batch)])
     assert grouping is not None
     grouped = grouping.group(rows)
     for sample in range(batch):
@@ -92,4 +92,4 @@ def test_square_batches_are_ambiguous_until_gradients_tell(call: tuple[Layout, t
 def test_no_grouping_agrees_with_nothing() -> None:
     assert agreed([]) is None
     assert Layout(0).bind((3,), 2, []) is None
-    assert Layout(listed=0).bind((3,), 2, [torch.tensor([0, 1])]) is None
+    assert Layout(listed=0).bind((3,), 2, [Listed(torch.tensor([0, 1]), 2)]) is None

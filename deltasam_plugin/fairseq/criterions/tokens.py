@@ -50,6 +50,22 @@ def summed_by_sample(losses: Tensor, samples: Tensor, batch: int) -> Tensor:
     return total.index_add(0, samples, losses.double()).to(losses.dtype)
 
 
+def positions(mask: Tensor, count: int) -> Tensor:
+    """Where a mask is true, in order.
+
+    Args:
+        mask: any shape.
+        count: N, how often it is true. ``nonzero()`` would ask the device, and wait for it.
+
+    Returns:
+        Indices of the flattened mask, (N,).
+    """
+    flat = mask.flatten()
+    places = torch.where(flat, flat.cumsum(0) - 1, count).clamp(max=count)  # what is false goes to the end
+    every = torch.arange(len(flat), device=mask.device)
+    return every.new_zeros(count + 1).scatter_(0, places, every)[:count]
+
+
 @per_sample_losses("cross_entropy", calls=["get_normalized_probs"])
 @per_sample_losses("label_smoothed_cross_entropy", calls=["get_normalized_probs"])
 def _token_losses(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *_: Any) -> Tensor:
@@ -105,11 +121,12 @@ def _adaptive(
 @per_sample_losses("masked_lm")
 def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> tuple[Tensor, None, list[Tensor]]:
     target, logits = sample["target"], net_output[0].view(-1, net_output[0].size(-1))
-    selected = target.ne(criterion.padding_idx)
     if len(logits) == target.numel():  # no token is masked: the model predicts all of them
-        selected = torch.ones_like(selected)
-    losses = cross_entropy(logits, target[selected], ignore_index=criterion.padding_idx, reduction="none")
-    rows = selected.nonzero()[:, 0]
+        selected = torch.arange(target.numel(), device=target.device)
+    else:
+        selected = positions(target.ne(criterion.padding_idx), len(logits))
+    labels, rows = target.flatten()[selected], selected // target.size(1)
+    losses = cross_entropy(logits, labels, ignore_index=criterion.padding_idx, reduction="none")
     return summed_by_sample(losses, rows, target.size(0)), None, [rows]
 
 

@@ -32,6 +32,7 @@ from deltasam_plugin.instance.layout import (
 )
 from deltasam_plugin.instance.recording import RecordedCall
 from deltasam_plugin.loss import nodes_of
+from deltasam_plugin.precision import coarsest
 
 
 class Ownership:
@@ -83,12 +84,14 @@ class Ownership:
         found = [None if g is None else self._bound(call, batch, rows) for call, g in zip(calls, gradients)]
         if not scaled:
             return found, {}
+        # Under autocast, gradients in fp32 come from operations in half precision.
+        dtype = coarsest([call.dtype for call in calls])
         levels, silent, reasons = _levels(calls), [], {}
         ambiguous: dict[int, list[Grouping]] = {}
         for i, (call, gradient) in enumerate(zip(calls, gradients)):
             if gradient is None or 0 in call.leading_shape:
                 continue
-            owners = _owners(call, gradient, [factor[i] for factor in scaled], levels, batch)
+            owners = _owners(call, gradient, [factor[i] for factor in scaled], levels, batch, torch.finfo(dtype))
             if bool((owners == SEVERAL).any()):
                 reasons.update(dict.fromkeys(call.names, MIXED))
             elif not bool((owners != NOBODY).any()):
@@ -137,16 +140,26 @@ def _levels(calls: Sequence[RecordedCall]) -> int:
     return 4 if any(call.dtype == torch.float16 for call in calls) else 32
 
 
-def _owners(call: RecordedCall, gradient: Tensor, scaled: Sequence[Tensor | None], levels: int, batch: int) -> Tensor:
-    """The sample of each row, (N,), on the CPU; NOBODY where the gradient is zero, too small or not finite."""
-    limits = torch.finfo(gradient.dtype)
-    smallest = 64 * levels * limits.smallest_normal * (limits.eps if gradient.dtype == torch.float16 else 1)
+def _owners(
+    call: RecordedCall,
+    gradient: Tensor,
+    scaled: Sequence[Tensor | None],
+    levels: int,
+    batch: int,
+    limits: torch.finfo,
+) -> Tensor:
+    """The sample of each row, (N,), on the CPU; NOBODY where the gradient is zero, too small or not finite.
+
+    A scaled gradient is too small if subnormal numbers, of which some hundred are added up, may have spoilt its factor.
+    """
+    smallest = 32 * limits.smallest_normal * limits.eps**0.5
     count = math.prod(call.leading_shape)
     rows, *others = (
         torch.zeros(count, 1, dtype=torch.double) if g is None else g.detach().reshape(count, -1).double()
         for g in (gradient, *scaled)
     )
-    peak = torch.stack([g.abs().amax(1) for g in (rows, *others)]).amax(0)
+    peaks = torch.stack([g.abs().amax(1) for g in (rows, *others)])
+    peak = peaks.amax(0)
     unit = torch.where(peak > 0, peak, 1).unsqueeze(1)
     rows, owners = rows / unit, torch.zeros(count, dtype=torch.long, device=rows.device)
     several = torch.zeros_like(owners, dtype=torch.bool)
@@ -158,9 +171,9 @@ def _owners(call: RecordedCall, gradient: Tensor, scaled: Sequence[Tensor | None
         several |= residual > limits.eps**0.5 * other.norm(dim=1)
         owners += level.long() * levels**digit
     finite = torch.isfinite(peak)
-    floor = (limits.eps * torch.where(finite, peak, 0).max()).clamp(min=smallest)
+    large = (peak > limits.eps * torch.where(finite, peak, 0).max()) & (peaks.amin(0) > smallest)
     owners = torch.where(several | (owners >= batch), SEVERAL, owners)
-    return torch.where(finite & (peak > floor), owners, NOBODY).cpu()
+    return torch.where(finite & large, owners, NOBODY).cpu()
 
 
 def _grouping(call: RecordedCall, owners: Tensor, batch: int) -> Grouping | None:

@@ -325,6 +325,22 @@ def test_half_precision_is_close(dtype: torch.dtype, autocast: bool) -> None:
     assert norm([f - e for f, e in zip(found, expected)]) <= coarse * norm(expected)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1, 128, 2.0**14])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_small_numbers_of_half_precision_do_not_look_like_mixed_samples(autocast: bool, scale: float) -> None:
+    """Under autocast, gradients in fp32 have been through fp16."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, 0.0), 4, enable_nested_tensor=False)
+    model = nn.Sequential(encoder, nn.Linear(32, 50)).to(torch.float32 if autocast else torch.float16)
+    x, target = torch.randn(9, 16, 32).to(model[1].weight.dtype), torch.randint(50, (9, 16))
+    engine = InstanceEngine(model, RHO)
+    with engine.recording() as tape, torch.autocast("cpu", torch.float16, enabled=autocast):
+        logits = model(x).float()
+    losses = F.cross_entropy(logits.permute(1, 2, 0), target.t(), reduction="none").sum(1)
+    assert engine.solve(tape, losses, scale).perturbation.steps.gt(0).all()
+    assert engine.uncovered == []
+
+
 def test_norms_accumulate_in_single_precision() -> None:
     """4096 products of 1/16 each: fp16 cannot hold the sum of their squares."""
     model = nn.Linear(4096, 1, bias=False).half()

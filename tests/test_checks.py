@@ -308,5 +308,5 @@ def test_probes_that_give_no_number_are_counted_and_warned_of_once():
             assert optimizer.statistics.ess == 1
             assert 1 <= optimizer.statistics.probes_failed <= 3
         optimizer.step(closure)
-    assert [str(warning.message)[:47] for warning in caught] == ["A curvature probe gave losses that are not fini"]
+    assert [str(warning.message)[:47] for warning in caught] == ["A probe gave losses that are not finite. Its ba"]
     assert optimizer.statistics.probes_failed == 0

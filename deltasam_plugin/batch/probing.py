@@ -35,8 +35,9 @@ def draw_direction(parameters: Sequence[PerturbedParameter], seed: int, signs: b
     """
 
     def draw(values: Tensor, generator: torch.Generator) -> Tensor:
-        drawn = values.normal_(generator=generator)
-        return torch.ones_like(drawn).copysign_(drawn) if signs else drawn
+        if signs:
+            return values.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+        return values.normal_(generator=generator)
 
     return _drawn([p.value for p in parameters], seed, draw)
 
@@ -56,7 +57,9 @@ def draw_dither(values: Sequence[Tensor], seed: int, eps: float) -> list[Tensor]
     def draw(steps: Tensor, generator: torch.Generator) -> Tensor:
         return steps.uniform_(-eps / 2, eps / 2, generator=generator)
 
-    return [step.mul_(value.abs()) for step, value in zip(_drawn(values, ~seed, draw), values, strict=True)]
+    steps = _drawn(values, ~seed, draw)
+    torch._foreach_mul_(steps, torch._foreach_abs([*values]))
+    return steps
 
 
 def _drawn(values: Sequence[Tensor], seed: int, draw: Callable[[Tensor, torch.Generator], Tensor]) -> list[Tensor]:

@@ -21,7 +21,7 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion, LabelSmoothedCrossEntropyCriterionConfig)
 import torch
-from deltasam_plugin import per_sample_losses
+from deltasam_plugin import Logits, per_sample_losses
 
 torch.cuda.ByteTensor = torch.ByteTensor  # fairseq gathers objects through CUDA even on a CPU
 torch.Tensor.pin_memory = lambda tensor: tensor
@@ -44,7 +44,10 @@ class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
     def logging_outputs_can_be_summed():
         return "MEMORY_ENDS_AT" not in os.environ  # a sum would need an output of every worker
 
-@per_sample_losses("spying_label_smoothed_cross_entropy")
+def logits(criterion, model, sample, net_output):
+    return Logits.by_sample(net_output[0], sample["target"].ne(criterion.padding_idx))
+
+@per_sample_losses("spying_label_smoothed_cross_entropy", logits=logits)
 def losses(criterion, model, sample, net_output):
     values, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return values.view(sample["target"].size(0), -1).sum(dim=1)

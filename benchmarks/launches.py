@@ -145,7 +145,7 @@ def loop(
             yield optimizer._perturbations
 
 
-def row(title: str, counts: dict[str, Counts]) -> str:
+def row(title: str, counts: dict[str, Counts], half: bool) -> str:
     """A row of the table."""
     adam = counts["Adam"]
     cells = [title, str(adam.launches)]
@@ -153,7 +153,8 @@ def row(title: str, counts: dict[str, Counts]) -> str:
         if name not in counts:
             cells.append("refused")
             continue
-        added = counts[name].added_waits(adam, method.forwards, method.backwards)
+        forwards = method.forwards + (half and name == "curvature")  # rounding is measured
+        added = counts[name].added_waits(adam, forwards, method.backwards)
         cells.append(f"{counts[name].launches / adam.launches:.2f} ({counts[name].launches}), {added}")
     return "| " + " | ".join(cells) + " |"
 
@@ -184,7 +185,7 @@ def main() -> None:
                     counts = in_python(data, criterion, options)
                 else:
                     counts = through_fairseq(data, criterion, options, precision)
-                print(row(f"{task}, {precision}", counts), flush=True)
+                print(row(f"{task}, {precision}", counts, precision in ("fp16", "bf16", "amp")), flush=True)
                 for name, own in counts.items() if arguments.places else ():
                     for wait, number in Counter(own.waits).most_common():
                         print(f"    {name}: {number} × {wait.kind} in {wait.owner} {wait.place}")

@@ -12,6 +12,13 @@ in double precision, which counts as the truth. The columns are medians over sam
   bias              |D(s)/s² - D(s₀)/s₀²| relative to the latter, with s₀ the smallest scale: what is not curvature at w
   ess               effective sample size of the weights that one probe gives
   rank correlation  of these weights with those that all probes at s₀ give in double precision
+
+    python benchmarks/probe_study.py CHECKPOINT --half
+
+Correlation of the weights of one batch, every weighting, in half precision with those in double precision: medians over
+directions, along the same displacement, and with the displacement of the default scale in double precision; and the
+share of samples that are under the rounding floor. Half precision is a model of that type with fp32 masters, and
+autocast.
 """
 
 from __future__ import annotations
@@ -19,7 +26,9 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
+from statistics import median
 
 import torch
 from fairseq import checkpoint_utils
@@ -29,11 +38,21 @@ from torch.overrides import TorchFunctionMode
 
 import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's checkpoints)
 from deltasam_plugin.batch.displacement import PerturbedParameter, displace, global_norm, restored
-from deltasam_plugin.batch.probing import draw_direction
-from deltasam_plugin.batch.weighting import curvature_weights, effective_sample_size, rounding_floor
+from deltasam_plugin.batch.measures import rounding_floor
+from deltasam_plugin.batch.probing import draw_direction, probe
+from deltasam_plugin.batch.weighting import WEIGHTINGS, effective_sample_size, root_mean_square, sample_weights
 from deltasam_plugin.fairseq.base_options import NAME
 from deltasam_plugin.fairseq.criterion import OPTIONS
-from deltasam_plugin.fairseq.criterions.registry import objective_of, per_sample_losses_of, recorded_outputs
+from deltasam_plugin.fairseq.criterions.registry import (
+    LOGITS,
+    logits_of,
+    objective_of,
+    per_sample_losses_of,
+    recorded_outputs,
+)
+from deltasam_plugin.loss import Objective
+from deltasam_plugin.precision import Rounding
+from deltasam_plugin.settings import Settings
 
 
 class InDouble(TorchFunctionMode):
@@ -58,6 +77,7 @@ def main() -> None:
     parser.add_argument("--subset", default="valid")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--probes", type=int, default=8)
+    parser.add_argument("--half", action="store_true", help="compare weights in half precision with double precision")
     args = parser.parse_args()
 
     overrides = {"data": args.data} if args.data else {}
@@ -72,11 +92,20 @@ def main() -> None:
     batches = task.get_batch_iterator(task.dataset(args.subset), max_sentences=args.batch_size).next_epoch_itr(False)
     sample = next(iter(batches))
 
-    def losses_of(network: torch.nn.Module) -> Tensor:
-        with recorded_outputs(network) as outputs, InDouble() if network is double else nullcontext():
+    def result_of(network: torch.nn.Module) -> Objective:
+        in_double = next(network.parameters()).dtype == torch.double
+        with recorded_outputs(network, name) as outputs, InDouble() if in_double else nullcontext():
             loss, _, _ = criterion(network, sample)
-            objective = objective_of(loss, per_sample_losses_of(name)(criterion, network, sample, *outputs))
-        return objective.losses.detach().double()
+            losses = per_sample_losses_of(name)(criterion, network, sample, *outputs)
+            logits = logits_of(name, criterion, network, sample, *outputs) if name in LOGITS else None
+        return objective_of(loss, losses, logits)
+
+    if args.half:
+        compare_with_double(model, result_of, args.probes)
+        return
+
+    def losses_of(network: torch.nn.Module) -> Tensor:
+        return result_of(network).losses.detach().double()
 
     single, double = model, copy.deepcopy(model).double()
     parameters = {network: [PerturbedParameter(p) for p in network.parameters()] for network in (single, double)}
@@ -95,7 +124,7 @@ def main() -> None:
             plus = losses_of(network)
             displace(parameters[network], originals, direction, -sigma)
             minus = losses_of(network)
-        return plus + minus - 2 * center, rounding_floor(plus, minus, center, eps)
+        return plus + minus - 2 * center, rounding_floor([plus, minus], center, eps)
 
     truth: dict[float, Tensor] = {}
     print("scale      signal     noise      noise/eps|l|  95 %   lost   bias   ess    rank correlation")
@@ -108,7 +137,9 @@ def main() -> None:
         in_eps = noise / (eps * center)
         bias = ((truth[scale] - truth[SCALES[0]]).abs() / truth[SCALES[0]].abs()).median()
         reference = truth[SCALES[0]].square().mean(dim=0)
-        one = [curvature_weights(rounded[k : k + 1], floor[k : k + 1]) for k in range(args.probes)]
+        one = [
+            sample_weights(WEIGHTINGS["curvature"], rounded[k : k + 1], floor[k : k + 1]) for k in range(args.probes)
+        ]
         ess = torch.stack([effective_sample_size(v) for v in one]).median()
         ranks = torch.stack([rank_correlation(v, reference) for v in one]).median()
         print(
@@ -116,6 +147,46 @@ def main() -> None:
             f"{in_eps.quantile(0.95):10.2f} {(true.abs() < floor).double().mean():7.2f} {bias:7.2f} {ess:6.2f} "
             f"{ranks:8.2f}"
         )
+
+
+def compare_with_double(
+    model: torch.nn.Module, result_of: Callable[[torch.nn.Module], Objective], directions: int
+) -> None:
+    """Print, for each weighting and precision, how well its weights agree with those of double precision."""
+    masters = [p.detach().clone() for p in model.parameters()]
+
+    def weights(name: str, dtype: torch.dtype, autocast: bool, scale: float, seed: int) -> tuple[Tensor, float]:
+        network = copy.deepcopy(model) if autocast else copy.deepcopy(model).to(dtype)
+        parameters = [
+            PerturbedParameter(p, None if autocast else master)
+            for p, master in zip(network.parameters(), masters, strict=True)
+        ]
+
+        @torch.no_grad()
+        def forward() -> Objective:
+            with torch.autocast("cpu", dtype=dtype) if autocast else nullcontext():
+                return result_of(network)
+
+        rounding, measure = Rounding(dtype, torch.finfo(dtype).eps), WEIGHTINGS[name].measure
+        measured, floor = probe(forward, forward(), parameters, measure, 1, scale, seed, rounding=rounding)
+        lost = (root_mean_square(measured) <= floor.amax()).double().mean()
+        return sample_weights(WEIGHTINGS[name], measured, floor), float(lost)
+
+    print("weighting       precision       same displacement  default scale  under the floor")
+    for name in (name for name, weighting in WEIGHTINGS.items() if weighting.measure is not None):
+        for dtype in (torch.float16, torch.bfloat16):
+            for autocast in (False, True):
+                scale = max(Settings.probe_scale, WEIGHTINGS[name].measure.least_scale.get(dtype, 0))
+                found = [weights(name, dtype, autocast, Settings.probe_scale, seed) for seed in range(directions)]
+                columns = []
+                for length in (scale, Settings.probe_scale):
+                    true = [weights(name, torch.double, False, length, seed)[0] for seed in range(directions)]
+                    columns.append(
+                        median([float(torch.corrcoef(torch.stack([v, t]))[0, 1]) for (v, _), t in zip(found, true)])
+                    )
+                kind = f"{str(dtype).removeprefix('torch.')} {'autocast' if autocast else 'masters'}"
+                lost = median([share for _, share in found])
+                print(f"{name:15} {kind:18} {columns[0]:14.3f} {columns[1]:14.3f} {lost:16.2f}")
 
 
 def rank_correlation(one: Tensor, other: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from deltasam_plugin.replay import Conditions, forward_only
 # By how much kernels that add in varying order may change a loss, relative to 1 + the largest loss of the batch.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
+PATIENCE = 16  # batches before which nothing is said about what probes cannot see
+
 
 class Checks:
     """What must hold in every batch of a run. One object serves one model."""
@@ -27,6 +29,8 @@ class Checks:
         self._batches = 0
         self._failed: Tensor | None = None  # added up on the device between the batches that look at it
         self._warned = False
+        self._lost: Tensor | None = None  # likewise
+        self._warned_of_lost = False
 
     def next_batch(self) -> None:
         """To be called once for each batch, before its checks."""
@@ -91,9 +95,27 @@ class Checks:
         if self._due and bool(self._failed > 0):
             self._warned = True
             warnings.warn(
-                "A curvature probe gave losses that are not finite. Its batch was weighted uniformly; the statistic "
+                "A probe gave losses that are not finite. Its batch was weighted uniformly; the statistic "
                 "probes_failed (sam_probes_failed) counts such probes. Use a smaller probe scale (--sam-probe-scale), "
                 "or look for parameters that hold huge or non-finite numbers.",
+                stacklevel=2,
+            )
+
+    def lost(self, lost: Tensor) -> None:
+        """Warn once if probes have seen nothing but rounding in most batches of a run.
+
+        Args:
+            lost: whether it was so in this batch, boolean scalar.
+        """
+        if self._warned_of_lost:
+            return
+        self._lost = lost.long() if self._lost is None else self._lost + lost
+        if self._due and self._batches >= PATIENCE and 2 * int(self._lost) > self._batches:
+            self._warned_of_lost = True
+            warnings.warn(
+                f"In {int(self._lost)} of {self._batches} batches the probes saw nothing but rounding, and the weights "
+                "were uniform. Use a larger probe scale (--sam-probe-scale), the weighting 'kl' (--sam-weighting), or "
+                "'uniform', which costs no probes.",
                 stacklevel=2,
             )
 

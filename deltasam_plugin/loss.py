@@ -24,6 +24,32 @@ from deltasam_plugin.precision import at_least_float32
 from deltasam_plugin.replay import Conditions, ThreadState, closing_contexts
 
 
+class Logits(NamedTuple):
+    """Logits, or log-probabilities, of all predictions of a batch.
+
+    Attributes:
+        values: one prediction a row, shape (N, V).
+        samples: the sample of each row, integer (N,).
+        counted: which rows enter the loss, boolean (N,): no padding. None if all do.
+    """
+
+    values: Tensor
+    samples: Tensor
+    counted: Tensor | None = None
+
+    @classmethod
+    def by_sample(cls, values: Tensor, counted: Tensor | None = None) -> Logits:
+        """Logits with the samples in the first dimension.
+
+        Args:
+            values: shape (B, …, V).
+            counted: boolean (B, …), or None.
+        """
+        samples = torch.arange(values.size(0), device=values.device)
+        samples = samples.view(-1, *[1] * (values.dim() - 2)).expand(values.shape[:-1])
+        return cls(values.flatten(0, -2), samples.flatten(), None if counted is None else counted.flatten())
+
+
 class Objective(NamedTuple):
     r"""Result of one forward pass: :math:`L = \sum_i \ell_i + s`.
 
@@ -33,12 +59,14 @@ class Objective(NamedTuple):
         shared: s, scalar, if a part of the loss belongs to the batch and to no sample; else None.
         rows: if layers see a selection of all positions (masked tokens): the sample of each selected row, integer (N,),
             one tensor for each selection.
+        logits: of the predictions, if a weighting needs them; else None.
     """
 
     loss: Tensor
     losses: Tensor
     shared: Tensor | None = None
     rows: Sequence[Tensor] = ()
+    logits: Logits | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +81,8 @@ class Statistics:
         ascent_gnorm_std: per instance: the standard deviation of ‖gᵢ‖; else 0.
         eps_norm: L2 norm by which the weights really moved; per instance: ρ.
         skipped: 1 if the ascent was skipped, else 0.
-        probes_failed: number of curvature probes that gave a non-finite loss where the loss at w is finite.
+        probes_failed: number of probes that gave a non-finite measurement where the loss at w is finite.
+        probes_lost: share of the samples in which the probes saw nothing but rounding.
     """
 
     sharpness: Tensor
@@ -64,6 +93,7 @@ class Statistics:
     eps_norm: Tensor
     skipped: Tensor
     probes_failed: Tensor
+    probes_lost: Tensor
 
     @classmethod
     def zeros(cls, device: torch.device) -> Statistics:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
-from deltasam_plugin.loss import Objective, Statistics, sharpness_aware_loss
+from deltasam_plugin.loss import Logits, Objective, Statistics, sharpness_aware_loss
 from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
@@ -34,9 +34,12 @@ class DeltaSAM(Optimizer):
         params: parameters or parameter groups, as for any torch optimizer.
         base_optimizer: class of the base optimizer, e.g. ``torch.optim.AdamW``.
         rho: radius, L2 norm of the perturbation in parameter space.
-        weighting: ``curvature`` or ``uniform`` (plain SAM).
-        probes: number of curvature probes per step, two forward passes each.
-        probe_scale: length of a probe's displacement as a fraction of the parameters' L2 norm.
+        weighting: weights of the samples in the ascent: ``curvature``, ``kl``, ``gradient_norm``, ``normalized``,
+            ``uniform`` (plain SAM), or one registered with ``deltasam_plugin.weighting``.
+        probes: number of probes per step. Each is two forward passes for ``curvature``, one for the others, none for
+            ``uniform``. In half precision and TF32 one more pass per step measures rounding, except for ``kl``.
+        probe_scale: length of a probe's displacement as a fraction of the parameters' L2 norm. In half precision it is
+            longer, where a shorter one would see nothing but rounding.
         perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for each sample, exactly.
         **base_options: options of the base optimizer, by their own names.
 
@@ -124,21 +127,25 @@ class DeltaSAM(Optimizer):
         """Clear the gradients."""
         self.base_optimizer.zero_grad(set_to_none)
 
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Tensor:  # type: ignore[override]
         """One update: the gradient at the perturbed weights, then the base optimizer's step from the original ones.
 
         Gradients are cleared first. To change them before the base optimizer uses them (clipping), register a hook with
         :meth:`register_step_pre_hook`.
 
         Args:
-            closure: forward pass without backward; returns the per-sample losses, shape (B,). It is run once for the
-                ascent, once at the perturbed weights and twice per probe, with the same random numbers each time.
+            closure: forward pass without backward; returns the per-sample losses, shape (B,). For the weighting ``kl``
+                it returns ``(losses, logits)`` with logits of shape (B, …, V), or ``(losses, logits, counted)`` where
+                only some predictions enter the loss: counted is boolean, (B, …), and False for padding. It is run once
+                for the ascent, once at the perturbed weights, and for the probes, with the same random numbers each
+                time.
 
         Returns:
             The mean of the losses at w, detached. ``self.statistics`` holds what else was measured.
 
         Raises:
-            ValueError: there is no closure, it did not return one loss per sample, or no parameter is trainable.
+            ValueError: there is no closure, it did not return one loss per sample, the weighting needs logits that it
+                did not return, or no parameter is trainable.
             Whatever the closure raises comes through, with the weights as they were.
         """
         if closure is None:
@@ -149,13 +156,7 @@ class DeltaSAM(Optimizer):
 
         def first() -> Objective:
             with before_forward(self._refuse_static_graph):
-                losses = closure()
-            if not isinstance(losses, Tensor):
-                raise ValueError(
-                    f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
-                    "loss function with reduction='none'."
-                )
-            return Objective(losses.mean(), losses)
+                return objective_of(closure())
 
         group = self.param_groups[0]
         step = group.get(STEP, 0)
@@ -163,7 +164,7 @@ class DeltaSAM(Optimizer):
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
             loss, self.statistics = sharpness_aware_loss(
-                first, lambda: closure().mean(), perturbations.of_batch(step), perturbations.devices
+                first, lambda: objective_of(closure()).loss, perturbations.of_batch(step), perturbations.devices
             )
             with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
                 loss.backward()
@@ -188,3 +189,31 @@ class DeltaSAM(Optimizer):
             parameters = {f"parameter {index}": PerturbedParameter(p) for index, p in enumerate(trained)}
             self._perturbations = Perturbations(parameters, self.settings, checks=self._checks)
         return self._perturbations
+
+
+def objective_of(returned: Any) -> Objective:
+    """The mean loss, and what else a closure returned: losses, or a tuple of losses, logits and what is counted.
+
+    Raises:
+        ValueError: the shapes do not fit; the message names value, rule and remedy.
+    """
+    losses, logits, counted = (*returned, None, None)[:3] if isinstance(returned, tuple) else (returned, None, None)
+    if not isinstance(losses, Tensor):
+        raise ValueError(
+            f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
+            "loss function with reduction='none'."
+        )
+    if logits is None:
+        return Objective(losses.mean(), losses)
+    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.size(0) != losses.numel():
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else repr(logits)
+        raise ValueError(
+            f"Invalid logits: the closure returned {found} beside {losses.numel()} losses. Must be a tensor (B, …, V), "
+            "the predictions of each sample over V classes."
+        )
+    if counted is not None and (counted.shape != logits.shape[:-1] or counted.dtype != torch.bool):
+        raise ValueError(
+            f"Invalid counted: the closure returned {tuple(counted.shape)} of {counted.dtype} beside logits "
+            f"{tuple(logits.shape)}. Must be boolean {tuple(logits.shape[:-1])}, e.g. target != padding."
+        )
+    return Objective(losses.mean(), losses, logits=Logits.by_sample(logits.detach(), counted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,40 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The type with the widest spacing of numbers."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+SINGLE = torch.finfo(torch.float32).eps
+TF32 = 2.0**-10  # spacing of the numbers that enter a product; they have the range of fp32
+
+
+class Rounding(NamedTuple):
+    """How coarse the numbers of a pass are.
+
+    Attributes:
+        dtype: the coarsest type that it computes in.
+        eps: spacing of the numbers near 1 in its products.
+    """
+
+    dtype: torch.dtype = torch.float32
+    eps: float = SINGLE
+
+    @property
+    def coarse(self) -> bool:
+        """Whether products have fewer digits than in single precision."""
+        return self.eps > SINGLE
+
+    @classmethod
+    def of(cls, dtypes: Iterable[torch.dtype], parameters: Iterable[Tensor]) -> Rounding:
+        """The rounding of a pass that computes in these types, with the present settings for TF32.
+
+        TF32 is for fp32 on CUDA. Convolutions, with weights of three dimensions and more, have a setting of their own.
+        """
+        dtype = coarsest(dtypes)
+        eps = torch.finfo(dtype).eps
+        on_cuda = [p for p in parameters if p.device.type == "cuda"] if dtype == torch.float32 else []
+        products = torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest"
+        convolutions = torch.backends.cudnn.allow_tf32 and any(p.dim() > 2 for p in on_cuda)
+        return cls(dtype, max(eps, TF32) if on_cuda and (products or convolutions) else eps)
 
 
 @contextmanager

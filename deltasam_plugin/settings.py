@@ -17,9 +17,10 @@ class Settings:
     Args:
         rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space.
         weighting: name of the weighting of the samples in the ascent, one of ``WEIGHTINGS``.
-        probes: number K >= 1 of Gaussian probes averaged by the curvature weighting.
+        probes: number K >= 1 of probes that the weighting averages.
         probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the parameters
-            (dimensionless): :math:`E\|\sigma u\|^2 = (\text{probe\_scale}\,\|w\|)^2`.
+            (dimensionless): :math:`E\|\sigma u\|^2 = (\text{probe\_scale}\,\|w\|)^2`. In half precision it may be
+            longer, see :class:`~deltasam_plugin.batch.measures.Measure`.
         perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for each sample, exactly. The
             latter does not use weighting, probes and sync.
         sync: data-parallel workers share one perturbation, that of the union of their batches. By default each worker
@@ -43,7 +44,8 @@ class Settings:
             )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
-                f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}."
+                f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}; "
+                "or register one of your own, with @deltasam_plugin.weighting."
             )
         if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 1:
             raise ValueError(
@@ -60,6 +62,11 @@ class Settings:
                 f"Unknown perturbation={self.perturbation!r} (--sam-perturbation). "
                 f"Choose one of: {', '.join(PERTURBATIONS)}."
             )
+
+    @property
+    def compares_logits(self) -> bool:
+        """Whether the forward pass must give logits. At a radius of zero instance mode probes as batch mode does."""
+        return WEIGHTINGS[self.weighting].by_logits and (self.perturbation == "batch" or self.rho == 0)
 
 
 def _finite(value: object) -> bool:

@@ -308,5 +308,30 @@ def test_probes_that_give_no_number_are_counted_and_warned_of_once():
             assert optimizer.statistics.ess == 1
             assert 1 <= optimizer.statistics.probes_failed <= 3
         optimizer.step(closure)
-    assert [str(warning.message)[:47] for warning in caught] == ["A curvature probe gave losses that are not fini"]
+    assert [str(warning.message)[:47] for warning in caught] == ["A probe gave losses that are not finite. Its ba"]
     assert optimizer.statistics.probes_failed == 0
+
+
+@pytest.mark.parametrize(("flat", "warned"), [(True, True), (False, False)], ids=["nothing to see", "curvature"])
+def test_probes_that_see_nothing_but_rounding_are_counted_and_warned_of_once(flat, warned):
+    weight = nn.Parameter(torch.linspace(1, 2, 5))
+    optimizer = DeltaSAM([weight], torch.optim.SGD, lr=0.0)
+    inputs = torch.eye(5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(34):
+            assert len(caught) == (warned and step >= 16)
+            optimizer.step(lambda: (inputs @ weight) if flat else (inputs @ weight).square())
+            assert (optimizer.statistics.probes_lost == 1) == flat
+    assert [str(warning.message)[:47] for warning in caught] == [
+        "In 16 of 16 batches the probes saw nothing but "
+    ] * warned
+
+
+def test_a_batch_of_one_sample_has_nothing_to_see():
+    weight = nn.Parameter(torch.linspace(1, 2, 5))
+    optimizer = DeltaSAM([weight], torch.optim.SGD, lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(17):
+            optimizer.step(lambda: weight.sum()[None])

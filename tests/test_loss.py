@@ -17,17 +17,24 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deltasam_plugin import Settings
+from deltasam_plugin import Logits, Settings
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.measures import ROUNDING_FACTOR
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.probing import draw_direction
-from deltasam_plugin.batch.weighting import ROUNDING_FACTOR
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.replay import Conditions, RandomState
 
 UNIFORM = Settings(weighting="uniform")
-WEIGHTINGS = [Settings(rho=0.5), Settings(rho=0.5, weighting="uniform"), Settings(rho=0.5, probes=3)]
-weightings = pytest.mark.parametrize("settings", WEIGHTINGS, ids=["curvature", "uniform", "three-probes"])
+WEIGHTINGS = {
+    "curvature": Settings(rho=0.5),
+    "uniform": Settings(rho=0.5, weighting="uniform"),
+    "three-probes": Settings(rho=0.5, probes=3),
+    "gradient-norm": Settings(rho=0.5, weighting="gradient_norm", probes=2),
+    "kl": Settings(rho=0.5, weighting="kl", probes=2),
+}
+weightings = pytest.mark.parametrize("settings", WEIGHTINGS.values(), ids=WEIGHTINGS)
+PASSES = {"curvature": 2, "uniform": 0, "gradient_norm": 1, "normalized": 1, "kl": 1}  # of each probe
 
 
 class Net(nn.Module):
@@ -68,6 +75,13 @@ def sample_losses(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
+def objective(model, batch, factor=1.0):
+    """Loss, per-sample losses, nothing shared, and the logits."""
+    logits = model(batch[0])
+    losses = factor * F.cross_entropy(logits, batch[1], reduction="none")
+    return losses.sum(), losses, None, (), Logits.by_sample(logits)
+
+
 def loss_of(first, parameters, leaves, settings, step=0):
     """The sharpness-aware loss of a forward pass that returns loss and per-sample losses, and its statistics."""
     perturbation = BatchPerturbation([*parameters], [*leaves], settings, step)
@@ -78,8 +92,7 @@ def aware(model, batch, settings, step=0, factor=1.0, perturbed=None):
     """The sharpness-aware loss of a classifier, a sum over the batch, and its statistics."""
 
     def first():
-        losses = factor * sample_losses(model, batch)
-        return losses.sum(), losses
+        return objective(model, batch, factor)
 
     return loss_of(first, perturbed or map(PerturbedParameter, model.parameters()), model.parameters(), settings, step)
 
@@ -122,10 +135,14 @@ def plain_gradient_of(model, batch, seed=5):
 # --- the oracle: one sample at a time, in double precision
 
 
+def logits_of(parameters, x):
+    enter, shift, leave, bias = parameters
+    return torch.tanh(x @ enter + shift) @ leave + bias
+
+
 def classifier(parameters, x, y):
     """Per-sample losses."""
-    enter, shift, leave, bias = parameters
-    return F.cross_entropy(torch.tanh(x @ enter + shift) @ leave + bias, y, reduction="none")
+    return F.cross_entropy(logits_of(parameters, x), y, reduction="none")
 
 
 @st.composite
@@ -138,7 +155,7 @@ def problems(draw):
     batch, inputs, hidden, classes = (draw(st.integers(low, 4)) for low in (1, 1, 1, 2))
     parameters = [array(inputs, hidden), array(hidden), array(hidden, classes), array(classes)]
     labels = torch.tensor(draw(st.lists(st.integers(0, classes - 1), min_size=batch, max_size=batch)))
-    weighting, probes = draw(st.sampled_from([("curvature", 1), ("curvature", 3), ("uniform", 1)]))
+    weighting, probes = draw(st.sampled_from(sorted(PASSES))), draw(st.sampled_from([1, 3]))
     settings = Settings(draw(st.sampled_from([0.0625, 0.5])), weighting, probes, probe_scale=0.25)
     return (
         parameters,
@@ -170,23 +187,31 @@ def reference(parameters, x, y, strength, settings, seed):
     def objective(at):
         return sum(value_of(i, at).item() for i in samples) + float(penalty(at, strength))
 
-    curvatures = [1.0 for _ in samples]
-    if settings.weighting == "curvature":
+    relative = [1.0 for _ in samples]
+    if settings.weighting != "uniform":
         count = sum(value.numel() for value in parameters)
         sigma = settings.probe_scale * math.sqrt(sum(value.square().sum().item() for value in parameters) / count)
         squares, floor = [0.0 for _ in samples], 0.0
         for probe in range(settings.probes):
-            u = draw_direction([PerturbedParameter(value) for value in parameters], seed + probe)
+            signs = settings.weighting in ("gradient_norm", "normalized")
+            u = draw_direction([PerturbedParameter(value) for value in parameters], seed + probe, signs)
+            there, back = ([w + side * sigma * d for w, d in zip(parameters, u)] for side in (1, -1))
             for i in samples:
-                plus, minus = (
-                    value_of(i, [w + side * sigma * d for w, d in zip(parameters, u)]).item() for side in (1, -1)
-                )
-                center = value_of(i, parameters).item()
-                squares[i] += (plus + minus - 2 * center) ** 2 / settings.probes
-                floor = max(floor, ROUNDING_FACTOR * 2**-52 * (plus + minus + 2 * center) / 4)
-        assume(floor < 1e-11 * math.sqrt(max(squares)))  # else the weights are made of rounding errors
-        curvatures = [max(math.sqrt(square), floor) for square in squares]
-    v = [curvature / sum(curvatures) for curvature in curvatures]
+                plus, minus, center = (value_of(i, at).item() for at in (there, back, parameters))
+                if settings.weighting == "curvature":
+                    squares[i] += (plus + minus - 2 * center) ** 2 / settings.probes
+                    floor = max(floor, ROUNDING_FACTOR * 2**-52 * (plus + minus + 2 * center) / 4)
+                elif settings.weighting == "kl":
+                    z, moved = (logits_of(at, x[i]) for at in (parameters, there))
+                    p = z.softmax(-1)
+                    squares[i] += float((p * (moved - z - (p * (moved - z)).sum()) ** 2).sum()) / settings.probes
+                else:
+                    squares[i] += (plus - center) ** 2 / settings.probes
+                    floor = max(floor, ROUNDING_FACTOR * 2**-52 * (plus + center) / 2)
+        assume(max(floor, 1e-15) < 1e-11 * math.sqrt(max(squares)))  # else the weights are made of rounding errors
+        assume(settings.weighting != "kl" or min(squares) > 1e-8)
+        relative = FORMULAS[settings.weighting]([max(math.sqrt(square), floor) for square in squares], settings.probes)
+    v = [value / sum(relative) for value in relative]
     per_sample, shared = gradients_at(parameters)
     ascent = [sum(v[i] * per_sample[i][j] for i in samples) + shared[j] / len(v) for j in range(len(parameters))]
     norm = math.sqrt(sum(g.square().sum().item() for g in ascent))
@@ -204,7 +229,15 @@ def reference(parameters, x, y, strength, settings, seed):
     return [sum(per_sample[i][j] for i in samples) + shared[j] for j in range(len(parameters))], statistics
 
 
-@hypothesis_settings(max_examples=40)
+FORMULAS = {
+    "curvature": lambda rms, probes: rms,
+    "kl": lambda rms, probes: [a**2 for a in rms],
+    "gradient_norm": lambda rms, probes: [math.exp(a * len(rms) / sum(rms)) for a in rms],
+    "normalized": lambda rms, probes: [(probes * a**2 + sum(b**2 for b in rms) / len(rms)) ** -0.5 for a in rms],
+}
+
+
+@hypothesis_settings(max_examples=60)
 @given(problems())
 def test_the_gradient_and_the_statistics_equal_a_reference_that_takes_one_sample_at_a_time(problem):
     parameters, x, y, strength, settings, seed = problem
@@ -213,8 +246,8 @@ def test_the_gradient_and_the_statistics_equal_a_reference_that_takes_one_sample
     leaves = [nn.Parameter(value.clone()) for value in parameters]
 
     def first():
-        losses, shared = classifier(leaves, x, y), penalty(leaves, strength)
-        return losses.sum() + shared, losses, shared if strength else None
+        losses, shared, logits = classifier(leaves, x, y), penalty(leaves, strength), logits_of(leaves, x)
+        return losses.sum() + shared, losses, shared if strength else None, (), Logits.by_sample(logits)
 
     loss, found = loss_of(first, map(PerturbedParameter, leaves), leaves, settings)
     assert loss.item() == first()[0].item()
@@ -229,11 +262,11 @@ def test_the_gradient_and_the_statistics_equal_a_reference_that_takes_one_sample
 
 
 @weightings
-def test_the_passes_are_one_ascent_then_two_for_each_probe_and_one_second(settings, batches):
+def test_the_passes_are_one_ascent_then_those_of_each_probe_and_one_second(settings, batches):
     model, modes = Net(), []
     model.enter.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
     loss, _ = aware(model, batches[0], settings)
-    probes = 2 * settings.probes if settings.weighting == "curvature" else 0
+    probes = PASSES[settings.weighting] * settings.probes
     assert modes == [True] + [False] * probes
     loss.backward()
     assert modes == [True] + [False] * probes + [True]
@@ -379,8 +412,8 @@ def test_the_second_pass_computes_in_the_autocast_precision_of_the_first_and_see
         return losses.sum(), losses
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, statistics = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(1.5))
-        inside, _ = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(1.5))
+        loss, statistics = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(1.5, "uniform"))
+        inside, _ = loss_of(first, [PerturbedParameter(weight)], [weight], Settings(1.5, "uniform"))
         inside.backward()
     loss.backward()  # outside, as the documentation of autocast has it
     assert {dtype for dtype, _ in seen} == {torch.bfloat16}

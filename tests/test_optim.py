@@ -22,11 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.batch.displacement import global_norm
+from deltasam_plugin.batch.weighting import WEIGHTINGS as REGISTRY
 
 SGD = torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 ADAM = torch.optim.Adam, {"lr": 0.01}
 bases = pytest.mark.parametrize("base", [SGD, ADAM], ids=["sgd", "adam"])
 STEPS = 24
+WEIGHTINGS = [name for name, own in REGISTRY.items() if own.weigh.__module__.startswith("deltasam_plugin.")]
 
 
 class Net(nn.Module):
@@ -50,9 +52,20 @@ def closure_of(model, step, size=6):
     return lambda: F.cross_entropy(model(x), y, reduction="none")
 
 
+def with_logits(model, step, size=6):
+    x, y = batch_of(step, size)
+
+    def closure():
+        logits = model(x)
+        return F.cross_entropy(logits, y, reduction="none"), logits
+
+    return closure
+
+
 def train(model, optimizer, steps, size=6, step=None):
     """Steps of either optimizer; returns the losses."""
-    return [(step or take_step)(optimizer, closure_of(model, number, size)).item() for number in steps]
+    closure = with_logits if isinstance(optimizer, DeltaSAM) and optimizer.settings.compares_logits else closure_of
+    return [(step or take_step)(optimizer, closure(model, number, size)).item() for number in steps]
 
 
 def take_step(optimizer, closure):
@@ -128,9 +141,10 @@ def test_uniform_weights_are_sam_bit_for_bit(base, rho):
     assert_same(delta, plain)
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 @bases
-def test_a_batch_of_one_is_sam_bit_for_bit_whatever_the_weighting(base):
-    delta, plain = optimizers(base, rho=0.1, weighting="curvature", probes=2)
+def test_a_batch_of_one_is_sam_bit_for_bit_whatever_the_weighting(base, weighting):
+    delta, plain = optimizers(base, rho=0.1, weighting=weighting, probes=2)
     torch.manual_seed(1)
     losses = train(*delta, range(STEPS), size=1)
     torch.manual_seed(1)
@@ -138,15 +152,18 @@ def test_a_batch_of_one_is_sam_bit_for_bit_whatever_the_weighting(base):
     assert_same(delta, plain)
 
 
-def test_curvature_weights_are_not_sam():
-    delta, plain = optimizers(SGD, rho=0.1, weighting="curvature")
-    train(*delta, range(2))
-    train(*plain, range(2), step=sam_step(0.1))
-    assert flat(delta[0].state_dict()) != flat(plain[0].state_dict())
+def test_every_weighting_is_another():
+    runs = {}
+    for weighting in WEIGHTINGS:
+        model, optimizer = optimizers(SGD, rho=0.1, weighting=weighting)[0]
+        train(model, optimizer, range(2))
+        assert (optimizer.statistics.ess < 1) == (weighting != "uniform")
+        runs[weighting] = tuple(map(str, flat(model.state_dict())))
+    assert len(set(runs.values())) == len(WEIGHTINGS)
 
 
 @bases
-@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_radius_of_zero_is_the_base_optimizer_bit_for_bit(base, weighting):
     delta, plain = optimizers(base, rho=0.0, weighting=weighting, probes=2)
     torch.manual_seed(1)
@@ -238,10 +255,14 @@ def test_a_state_dict_continues_under_the_base_optimizer_and_the_other_way_round
 
 @bases
 @pytest.mark.parametrize("dropout", [0.3, 0.0], ids=["dropout", "deterministic"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, dropout):
+@pytest.mark.parametrize("weighting", ["curvature", "kl", "gradient_norm"])
+@pytest.mark.parametrize("half", [True, False], ids=["autocast", "single"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(base, dropout, weighting, half):
     def fresh():
         model = Net(dropout)
-        return model, DeltaSAM(model.parameters(), base[0], rho=0.2, **base[1])
+        if half:
+            model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+        return model, DeltaSAM(model.parameters(), base[0], rho=0.2, weighting=weighting, **base[1])
 
     run = fresh()
     torch.manual_seed(1)
@@ -409,6 +430,74 @@ def test_a_step_that_cannot_be_taken_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"DeltaSAM.step\(\) without a trainable parameter"):
         optimizer.step(closure_of(model, 0))
+
+
+@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+@pytest.mark.parametrize("perturbation", ["batch", "instance"])
+def test_logits_that_the_weighting_does_not_need_change_nothing(weighting, perturbation):
+    runs = []
+    for closure in (closure_of, with_logits):
+        model = Net()
+        optimizer = DeltaSAM(
+            model.parameters(), torch.optim.SGD, weighting=weighting, lr=0.1, perturbation=perturbation
+        )
+        torch.manual_seed(1)
+        optimizer.step(closure(model, 0))
+        runs.append((model, optimizer))
+    assert_same(*runs)
+
+
+def test_predictions_that_do_not_count_change_no_weight():
+    """A tagger, and padding of which the model says all kinds of things."""
+    found = []
+    for padding in (0.0, 1e4):
+        model = Net(dropout=0)
+        optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, weighting="kl", lr=0.1)
+        x, y = batch_of(0, size=12)
+        counted = torch.ones(4, 3, dtype=torch.bool)
+        counted[1, 2] = counted[3, 1:] = False
+        x[~counted.flatten()] = padding
+
+        def closure(model=model, x=x, y=y, counted=counted):
+            logits = model(x)
+            losses = F.cross_entropy(logits, y, reduction="none").view(4, 3)
+            return torch.where(counted, losses, 0).sum(1), logits.view(4, 3, 3), counted
+
+        optimizer.step(closure)
+        found.append(optimizer.statistics.ess.item())
+    assert found[0] == pytest.approx(found[1], rel=1e-5) != 1
+
+
+def test_kl_without_logits_is_refused():
+    model = Net()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, weighting="kl", lr=0.1)
+    with pytest.raises(ValueError, match="Invalid weighting='kl'") as error:
+        optimizer.step(closure_of(model, 0))
+    assert str(error.value).startswith(
+        "Invalid weighting='kl' (--sam-weighting): it compares logits, and the forward pass gives only losses. Return "
+        "(losses, logits) from the closure of DeltaSAM, or choose one of: curvature, gradient_norm, normalized, uniform"
+    )
+
+
+@pytest.mark.parametrize(
+    ("logits", "counted", "message"),
+    [
+        ([1.0], None, r"Invalid logits: the closure returned \[1\.0\] beside 6 losses\. Must be a tensor \(B, …, V\)"),
+        (torch.ones(6), None, r"Invalid logits: the closure returned \(6,\) beside 6 losses\."),
+        (torch.ones(5, 3), None, r"Invalid logits: the closure returned \(5, 3\) beside 6 losses\."),
+        (
+            torch.ones(6, 2, 3),
+            torch.ones(6, 3).bool(),
+            r"Invalid counted: .* \(6, 3\) of torch\.bool .* \(6, 2\), e",
+        ),
+        (torch.ones(6, 3), torch.ones(6), r"Invalid counted: the closure returned \(6,\) of torch\.float32 beside"),
+    ],
+)
+def test_logits_of_another_shape_are_refused(logits, counted, message):
+    model = Net()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, weighting="kl", lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda: (closure_of(model, 0)(), logits, counted))
 
 
 @pytest.mark.parametrize("weighting", ["curvature", "uniform"])

@@ -19,8 +19,10 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
+from deltasam_plugin.batch.measures import MEASURES
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
-from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES
+from deltasam_plugin.fairseq.criterions.registry import LOGITS, PER_SAMPLE_LOSSES
 from deltasam_plugin.loss import Statistics
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
@@ -41,6 +43,7 @@ BLOCKS = {  # by name: the language of the block, and what it alone contains
     "example": ("python", "DeltaSAM("),
     "its output": ("text", "step 60"),
     "criterion": ("python", "per_sample_losses"),
+    "weighting": ("python", "deltasam_plugin.weighting("),
     "citation": ("bibtex", "zhou-etal-2022-sharpness"),
 }
 
@@ -109,7 +112,7 @@ def test_the_two_words(translation_data: Path, tmp_path: Path, monkeypatch: pyte
         names = [config["optimizer"]["_name"], config["criterion"]["_name"]]
         assert names == (["delta_sam"] * 2 if sign == "+" else ["adam", SMOOTHED])
         logged = {name for _, name, *_ in saved["extra_state"]["metrics"]["train"]}
-        assert "sam_sharpness" in logged or sign == "-"
+        assert any(name.endswith("sam_sharpness") for name in logged) or sign == "-"
 
     program, data, *given = words(block("generate"))
     assert (program, data) == ("fairseq-generate", "DATA")
@@ -171,6 +174,44 @@ def test_own_criterion(translation_data: Path, tmp_path: Path) -> None:
     command += ["--criterion", "delta_sam", "--base-criterion", "my_criterion", "--max-update", 2, "--batch-size", 16]
     command += ["--lr", 0.01, "--num-workers", 0, "--log-format", "simple"]
     assert "sam_sharpness" in shell(shlex.join(map(str, command)), tmp_path)
+
+
+def test_own_weighting(translation_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "__init__.py").write_text(block("weighting"))
+    command = ["fairseq-train", translation_data, "--user-dir", "own", *TOY, "--optimizer", "delta_sam", "--cpu"]
+    command += ["--criterion", "delta_sam", "--sam-weighting", "square_root", "--max-update", 2, "--batch-size", 16]
+    command += ["--lr", 0.01, "--num-workers", 0, "--log-format", "simple"]
+    assert "sam_ess" in shell(shlex.join(map(str, command)), tmp_path)
+
+
+def test_weightings_and_their_passes() -> None:
+    listed = {row["weighting"].strip("`"): row["passes"] for row in rows(README, "weighting")}
+    ours = {name: own for name, own in WEIGHTINGS.items() if own.weigh.__module__.startswith("deltasam_plugin.")}
+    passes = {name: 0 if own.measure is None else len(own.measure.sides) for name, own in ours.items()}
+    assert listed == {name: {0: "0", 1: "K", 2: "2K"}[count] for name, count in passes.items()}
+
+
+def test_measures_of_a_weighting_of_one_s_own() -> None:
+    named = re.search(r'measures="(\w+)"\)  # or (.*)', block("weighting"))
+    assert named is not None
+    assert {named[1], *named[2].split(", ")} == MEASURES.keys()
+
+
+def test_criterions_with_logits() -> None:
+    listed = re.search(r"Criterions with logits: (.*?)\.\s", README, re.DOTALL)
+    assert listed is not None
+    base = "label_smoothed_cross_entropy"
+    names = {base + n if n.startswith("_") else n for n in re.findall(r"`(\w+)`", listed[1])}
+    assert names == {name for name, own in LOGITS.items() if own.__module__.startswith("deltasam_plugin.")}
+
+
+def test_lengths_of_probes_in_half_precision() -> None:
+    said = "for `curvature` 0.03 in fp16 and 0.1 in bf16, for the others 0.03 in bf16"
+    assert said in " ".join(README.split())
+    least = {name: measure.least_scale for name, measure in MEASURES.items()}
+    assert least.pop("second_difference") == {torch.float16: 0.03, torch.bfloat16: 0.1}
+    assert all(scales == {torch.bfloat16: 0.03} for scales in least.values())
 
 
 def test_make_targets() -> None:

@@ -23,7 +23,8 @@ def test_the_weighting_must_be_known(weighting):
     with pytest.raises(ValueError, match="Unknown weighting") as error:
         Settings(weighting=weighting)
     assert str(error.value) == (
-        f"Unknown weighting={weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}."
+        f"Unknown weighting={weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}; "
+        "or register one of your own, with @deltasam_plugin.weighting."
     )
 
 

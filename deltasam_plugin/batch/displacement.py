@@ -95,9 +95,13 @@ def lots(tensors: Sequence[Tensor], *more: Sequence[Any]) -> list[list[int]]:
 
 
 def joined(tensors: Iterable[Tensor]) -> Tensor:
-    """All elements in one flat tensor, detached and dense, at least fp32."""
-    flat = [(t.to_dense() if t.is_sparse else t).detach().flatten() for t in tensors]
-    return at_least_float32(flat[0] if len(flat) == 1 else torch.cat(flat))
+    """All elements in one flat tensor, detached and dense, at least fp32. Read only: it may be the tensor itself."""
+    return at_least_float32(flattened([(t.to_dense() if t.is_sparse else t).detach() for t in tensors]))
+
+
+def flattened(tensors: Sequence[Tensor]) -> Tensor:
+    """All elements in one flat tensor. Read only: a single tensor is not copied."""
+    return tensors[0].flatten() if len(tensors) == 1 else torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -183,23 +187,24 @@ def displace(
         scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
         unit: scalar; one by default.
     """
+    moving, resting = [], []
     for p, original, step in zip(parameters, originals, steps, strict=True):
         if step is None:
-            p.parameter.data.copy_(original)
-        elif step.shape != original.shape:
+            resting.append((p.parameter, original))
+        elif step.shape == original.shape:
+            moving.append((p, original, step))
+        else:
             raise RuntimeError(f"A step of shape {tuple(step.shape)} for a parameter of shape {tuple(original.shape)}.")
-    moving = [
-        (p, original, step) for p, original, step in zip(parameters, originals, steps, strict=True) if step is not None
-    ]
+    if resting:
+        copy_all(*zip(*resting, strict=True))
     kinds = [(step.dtype, p.master is None, p.value.dtype) for p, _, step in moving]
     for lot in lots([original for _, original, _ in moving], kinds):
         chosen, before, steps = zip(*(moving[i] for i in lot))
-        original = torch.cat([tensor.flatten() for tensor in before])
-        value = original if chosen[0].master is None else torch.cat([p.value.flatten() for p in chosen])
-        factor = scale.to(original.device)
-        divisor = None if unit is None else unit.to(original.device)
-        scaled = joined(steps) if divisor is None else joined(steps) / divisor
-        moved = (value + factor * scaled).to(original.dtype)
+        original = flattened(before)
+        value = original if chosen[0].master is None else flattened([p.value for p in chosen])
+        factor, step = scale.to(original.device), joined(steps)
+        step = step * factor if unit is None else (step / unit.to(original.device)).mul_(factor)
+        moved = (value + step).to(original.dtype)
         parts = torch.where(factor != 0, moved, original).split([tensor.numel() for tensor in before])
         copy_all([p.parameter for p in chosen], [part.view(old.shape) for part, old in zip(parts, before, strict=True)])
 

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, originals_of_rewritten, rewound
-from deltasam_plugin.batch.probing import probe_losses
+from deltasam_plugin.batch.measures import Measure
+from deltasam_plugin.batch.probing import probe
 from deltasam_plugin.batch.weighting import (
-    curvature_weights,
+    WEIGHTINGS,
+    Weighting,
     effective_sample_size,
-    rounding_floor,
-    second_difference,
+    root_mean_square,
+    sample_weights,
     uniform_weights,
 )
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses, leaves_of, visible_leaves
-from deltasam_plugin.precision import at_least_float32, coarsest, observed_dtypes
+from deltasam_plugin.precision import Rounding, at_least_float32, observed_dtypes
 from deltasam_plugin.replay import Conditions, unchanged_versions
 from deltasam_plugin.settings import Settings
 
@@ -61,6 +63,7 @@ class BatchPerturbation:
         self._step = step
         self._workers = workers
         self._checks = checks
+        self._weighting = WEIGHTINGS[settings.weighting]
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
         """Run the ascent forward, then the probes. See :class:`deltasam_plugin.loss.Perturbation`."""
@@ -72,23 +75,26 @@ class BatchPerturbation:
         if self._checks is not None:
             with unchanged_versions(tensors), rewound(self._parameters, rewritten):
                 self._checks.replay(objective, forward, conditions, dtypes)
-        dtype = coarsest(dtypes)
-        curvature: tuple[Tensor, Tensor] | None = None
+        rounding = Rounding.of(dtypes, tensors)
+        probed: tuple[Tensor, Tensor] | None = None
         failed = torch.zeros((), device=objective.losses.device)
-        if self._settings.weighting == "curvature":
+        if self._weighting.measure is not None:
+            check_logits(objective, self._weighting)
             with unchanged_versions(tensors):
-                around = *self._probe(objective, forward, conditions, rewritten), objective.losses
-            curvature = second_difference(*around), rounding_floor(*around, torch.finfo(dtype).eps)
-            failed = (~(around[0] + around[1]).isfinite() & objective.losses.isfinite()).any(dim=1).sum()
+                probed = self._probe(self._weighting.measure, objective, forward, conditions, rewritten, rounding)
+            failed = (~probed[0].isfinite() & objective.losses.isfinite()).any(dim=1).sum()
             if self._checks is not None:
                 self._checks.probes(failed)
+        objective = objective._replace(logits=None)  # frees them
 
         @contextmanager
         def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
             nonlocal objective
-            sample_weights, all_weights = self._sample_weights(objective.losses, curvature, scale)
+            own_weights, all_weights, lost = self._sample_weights(objective.losses, probed, scale)
             uniform = 1 / all_weights.numel()
-            gradients = self._ascent_gradients(objective, sample_weights / uniform, scale)
+            if self._checks is not None and probed is not None and all_weights.numel() > 1:
+                self._checks.lost((lost >= 1) & (scale != 0))
+            gradients = self._ascent_gradients(objective, own_weights / uniform, scale)
             del objective  # frees what is left of the first graph
             with ascended(self._parameters, gradients, self._settings.rho, rewritten) as ascent:
                 norm = ascent.gradient_norm * uniform / scale.abs()
@@ -99,43 +105,55 @@ class BatchPerturbation:
                     eps_norm=ascent.moved,
                     skipped=ascent.skipped,
                     probes_failed=failed,
+                    probes_lost=lost,
                 )
-                yield torch.where(ascent.overflowed, torch.inf, scale) if dtype == torch.float16 else scale
+                yield torch.where(ascent.overflowed, torch.inf, scale) if rounding.dtype == torch.float16 else scale
 
         return objective.loss.detach(), ascend
 
     def _probe(
         self,
+        measure: Measure,
         objective: Objective,
         forward: Callable[[], Objective],
         conditions: Conditions,
         rewritten: Sequence[Tensor | None],
+        rounding: Rounding,
     ) -> tuple[Tensor, Tensor]:
-        """Losses at both ends of each probe, (K, B) each."""
+        """What each probe measures, and the size below which it is rounding noise, (K, B) each."""
 
-        def losses() -> Tensor:
+        def replayed() -> Objective:
             with conditions.replayed():
-                return forward().losses
+                return forward()
 
         settings = self._settings
         seed = self._workers.broadcast_seed(conditions.random.seed() + self._step * settings.probes)
         leaves, complete = visible_leaves(objective.losses, objective.shared)
         visible = set(map(id, leaves))
         reached = self._workers.any_of([not complete or id(p.parameter) in visible for p in self._parameters])
-        return probe_losses(
-            losses, self._parameters, settings.probes, settings.probe_scale, seed, reached=reached, rewritten=rewritten
+        return probe(
+            replayed,
+            objective,
+            self._parameters,
+            measure,
+            settings.probes,
+            settings.probe_scale,
+            seed,
+            reached=reached,
+            rewritten=rewritten,
+            rounding=rounding,
         )
 
     def _sample_weights(
-        self, losses: Tensor, curvature: tuple[Tensor, Tensor] | None, scale: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """v of this worker's samples, and of all samples that share the perturbation."""
-        if curvature is None:
+        self, losses: Tensor, probed: tuple[Tensor, Tensor] | None, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """v of this worker's samples and of all that share the perturbation; the share in which probes saw nothing."""
+        if probed is None:
             all_weights = uniform_weights(max(1, self._workers.total(losses.numel(), scale)), losses.device)
-            return all_weights[:1].expand(losses.shape), all_weights
-        differences, floor, own = self._workers.all_gather(*curvature, scale)
-        all_weights = curvature_weights(differences, floor)
-        return all_weights[own], all_weights
+            return all_weights[:1].expand(losses.shape), all_weights, torch.zeros((), device=losses.device)
+        measured, floor, own = self._workers.all_gather(*probed, scale)
+        all_weights = sample_weights(self._weighting, measured, floor)
+        return all_weights[own], all_weights, (root_mean_square(measured) <= floor.amax()).double().mean()
 
     def _ascent_gradients(self, objective: Objective, relative: Tensor, scale: Tensor) -> list[Tensor | None]:
         """The gradient of the reweighted loss, with weights relative to uniform ones.
@@ -155,6 +173,20 @@ class BatchPerturbation:
             ascended_loss.backward(scale.to(ascended_loss.dtype))
             gradients = [p.parameter.grad for p in self._parameters]
         return self._workers.all_reduce(gradients, self._parameters)
+
+
+def check_logits(objective: Objective, weighting: Weighting) -> None:
+    """Refuse a weighting by logits where there are none.
+
+    Raises:
+        ValueError: the weighting needs logits, and the forward pass gives none.
+    """
+    if weighting.by_logits and objective.logits is None:
+        others = ", ".join(name for name, other in WEIGHTINGS.items() if not other.by_logits)
+        raise ValueError(
+            f"Invalid weighting={weighting.name!r} (--sam-weighting): it compares logits, and the forward pass gives "
+            f"only losses. Return (losses, logits) from the closure of DeltaSAM, or choose one of: {others}."
+        )
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.weighting import ROUNDING_FACTOR
-from deltasam_plugin.precision import coarsest, observed_dtypes, spacing
+from deltasam_plugin.batch.weighting import WEIGHTINGS
+from deltasam_plugin.precision import Rounding, observed_dtypes, spacing
 from deltasam_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor]
     mode: dict[str, Any] = {"rho": settings.rho, "perturbation": settings.perturbation}
     if settings.perturbation == "batch":
         mode["weighting"] = settings.weighting
-        if settings.weighting == "curvature":
+        if WEIGHTINGS[settings.weighting].measure is not None:
             mode["probes"] = settings.probes
     total, left_out = (sum(parameter.numel() for parameter in group) for group in (perturbed, uncovered))
     count = f"{total - left_out:,} parameters perturbed"
@@ -48,15 +48,24 @@ def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor]
 def warn_of_half_precision(parameters: Sequence[PerturbedParameter], settings: Settings) -> None:
     """Warn in numbers: in half precision perturbations fall below the spacing of numbers, and probes below rounding."""
     with observed_dtypes(item.parameter for item in parameters) as dtypes:
-        dtype = coarsest(dtypes)
-    name, eps = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
-    if settings.perturbation != "batch" or eps <= torch.finfo(torch.float32).eps:
+        rounding = Rounding.of(dtypes, [item.parameter for item in parameters])
+    dtype = rounding.dtype
+    name = str(dtype).removeprefix("torch.") if dtype != torch.float32 else "TF32"
+    if settings.perturbation != "batch" or not rounding.coarse:
         return
-    if settings.weighting == "curvature":
+    measure = WEIGHTINGS[settings.weighting].measure
+    if measure is not None:
+        least = measure.least_scale.get(dtype, 0)
+        details = ""
+        if least > settings.probe_scale:
+            details += f"Probes are {least} of the weights' norm long, to rise above it. "
+        if measure.noise is not None:
+            details += "One more forward pass in each batch measures its size. "
         logger.warning(
-            f"δ-SAM: in {name} a curvature probe sees nothing below {ROUNDING_FACTOR * eps:.1%} of a sample's loss, "
-            "the rounding floor. A batch whose samples are all below it gets uniform weights, and sam_ess is 1. A "
-            "larger --sam-probe-scale raises the signal. --sam-weighting uniform saves the probes."
+            f"δ-SAM: in {name} rounding hides a part of what probes measure for the weighting {settings.weighting!r}. "
+            f"{details}sam_probes_lost is the share of the samples in which nothing rose above it; where it is "
+            "near 1, the weights are nearly uniform. Then try --sam-weighting kl, or save the probes with "
+            "--sam-weighting uniform."
         )
     without_master = [p.parameter for p in parameters if p.master is None and p.parameter.dtype == dtype]
     if without_master:

@@ -16,10 +16,12 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
     )
     sam_weighting: str = field(
         default=Settings.weighting,
-        metadata={"help": f"weights of the samples in the ascent: {', '.join(WEIGHTINGS)} (uniform is plain SAM)"},
+        metadata={
+            "help": f"weights of the samples in the ascent: {', '.join(WEIGHTINGS)} (plain SAM), or one of your own"
+        },
     )
     sam_probes: int = field(
-        default=Settings.probes, metadata={"help": "curvature probes per batch, two forward passes each"}
+        default=Settings.probes, metadata={"help": "probes per batch, each one forward pass, for curvature two"}
     )
     sam_probe_scale: float = field(
         default=Settings.probe_scale,

@@ -21,6 +21,7 @@ from deltasam_plugin.fairseq.criterions.registry import (
     PER_SAMPLE_LOSSES,
     PerSampleLosses,
     check,
+    logits_of,
     objective_of,
     per_sample_losses_of,
     recorded_outputs,
@@ -60,7 +61,11 @@ class SharpnessAwareCriterion(FairseqCriterion):
             with recorded_outputs(inner, self._base_name) as outputs:
                 loss, sample_size, logging_output = forward(network, sample, *args, **kwargs)
             losses = self._per_sample_losses(self, inner, sample, *outputs)
-            return objective_of(loss, losses), (sample_size, logging_output)
+            logits = None
+            if optimizer.settings.compares_logits:
+                with one_message():
+                    logits = logits_of(self._base_name, self, inner, sample, *outputs)
+            return objective_of(loss, losses, logits), (sample_size, logging_output)
 
         def first() -> Objective:
             found, result = objective(inner)

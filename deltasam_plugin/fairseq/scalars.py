@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fairseq.logging import metrics
 
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import Settings
 
@@ -17,15 +18,17 @@ PREFIX = "sam_"
 BATCHES, SHARPNESS = PREFIX + "batches", PREFIX + "sharpness"
 SIZE = "sample_size"
 HIDDEN = "_"  # fairseq does not show what begins with it
-MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm")  # over micro-batches and workers
+OF_PROBES = {"ess", "weight_max", "probes_failed", "probes_lost"}
+# Over micro-batches and workers.
+MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm", "probes_lost")
 SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEANS, "sharpness"))
 
 
 def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
     if settings.perturbation == "instance" and settings.rho > 0:
-        return {"ess", "weight_max", "probes_failed"}
-    return {"ascent_gnorm_std"} | ({"ess", "weight_max", "probes_failed"} if settings.weighting == "uniform" else set())
+        return OF_PROBES
+    return {"ascent_gnorm_std"} | (OF_PROBES if WEIGHTINGS[settings.weighting].measure is None else set())
 
 
 def log_entries(statistics: Statistics, settings: Settings) -> dict[str, Any]:

@@ -17,17 +17,21 @@ from fairseq.registry import REGISTRIES
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltasam_plugin.batch.measures import logit_change
 from deltasam_plugin.fairseq.criterions.registry import (
     CALLS,
+    LOGITS,
     PER_SAMPLE_LOSSES,
     REFUSED,
     check,
+    logits_of,
     objective_of,
     per_sample_losses,
     per_sample_losses_of,
     recorded_outputs,
 )
 from deltasam_plugin.fairseq.criterions.tokens import positions
+from deltasam_plugin.loss import Logits
 from tests.helpers.corpora import CORPORA, RECIPES, W2V, Recipe, corpus
 from tests.helpers.runs import SMOOTHED, TRANSLATION, base
 
@@ -161,6 +165,84 @@ def test_losses_are_those_of_the_samples_alone(build: Callable[[str], Any], name
         alone.append(loss.detach() if shared is None else (loss - shared).detach())
     # The collater of a full batch may sort by length.
     torch.testing.assert_close(losses.sort().values, torch.stack(alone).sort().values, rtol=1e-4, atol=1e-5)
+
+
+def logits_in(name: str, criterion: Any, model: Any, sample: Any) -> Logits:
+    """The logits of a batch, of the batch's own size."""
+    sample = copy.deepcopy(sample)
+    with recorded_outputs(model, name) as outputs:
+        criterion(model, sample)
+    return logits_of(name, criterion, model, sample, *outputs)
+
+
+def changes(name: str, criterion: Any, models: tuple[Any, Any], sample: Any) -> torch.Tensor:
+    """How far the predictions of each sample are apart in two models."""
+    center, moved = (logits_in(name, criterion, model, sample) for model in models)
+    assert not center.values.requires_grad
+    return logit_change(moved.values, center, sample["id"].numel())
+
+
+WITH_LOGITS = [name for name in INDEPENDENT if ORACLES[name].criterion in LOGITS and "regression" not in name]
+
+
+@pytest.mark.parametrize("name", WITH_LOGITS)
+def test_logits_are_those_of_the_samples_alone(build: Callable[[str], Any], name: str) -> None:
+    """How far a sample's predictions move does not depend on padding, nor on the other samples."""
+    criterion, model, task = build(name)
+    if getattr(criterion, "regression_target", False):
+        pytest.skip("predicts numbers")
+    model.eval(), criterion.eval()
+    moved = copy.deepcopy(model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in moved.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    together = changes(ORACLES[name].criterion, criterion, (model, moved), batch_of(task, 9))
+    dataset = task.dataset("train")
+    alone = [
+        changes(ORACLES[name].criterion, criterion, (model, moved), dataset.collater([dataset[index]]))
+        for index in range(9)
+    ]
+    assert (together > 0).all()
+    # The collater of a full batch may sort by length.
+    torch.testing.assert_close(together.sort().values, torch.cat(alone).sort().values, rtol=1e-3, atol=1e-6)
+
+
+def test_every_criterion_with_logits_is_tested_with_them() -> None:
+    tested = {ORACLES[name].criterion for name in WITH_LOGITS}
+    assert {name for name in LOGITS if "rdrop" not in name and name in PER_SAMPLE_LOSSES} <= tested | {"cross_entropy"}
+
+
+def test_a_prefix_that_is_ignored_has_no_logits(build: Callable[[str], Any]) -> None:
+    criterion, model, task = build("prefix")
+    model.eval(), criterion.eval()
+    sample = batch_of(task, 6)
+    counted = logits_in(SMOOTHED, criterion, model, sample).counted
+    assert counted is not None
+    expected = sample["target"].ne(criterion.padding_idx)
+    expected[:, 0] = False
+    assert torch.equal(counted.view_as(expected), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ORACLES if "rdrop" in name])
+def test_both_dropout_masks_of_a_sample_count(build: Callable[[str], Any], name: str) -> None:
+    criterion, model, task = build(name)
+    model.train(), criterion.train()
+    sample = batch_of(task, 6)
+    logits = logits_in(ORACLES[name].criterion, criterion, model, sample)
+    lengths = sample["target"].ne(criterion.padding_idx).sum(1) - criterion.ignore_prefix_size
+    assert logits.counted is not None
+    passes = 2 if criterion.rdrop_alpha > 0 else 1
+    assert torch.equal(torch.bincount(logits.samples[logits.counted]), passes * lengths)
+
+
+@pytest.mark.parametrize(
+    ("name", "condition"), [("ctc", ""), ("mine", ""), ("sentence_prediction", ", as it is set up,")]
+)
+def test_what_gives_no_logits_is_refused_for_weightings_that_compare_them(name: str, condition: str) -> None:
+    message = f"Criterion {name!r} (--base-criterion){condition} gives no logits, and the weighting"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        logits_of(name, SimpleNamespace(regression_target=True), None, {}, None)
 
 
 def test_sample_without_masked_tokens(build: Callable[[str], Any]) -> None:

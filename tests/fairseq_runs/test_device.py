@@ -97,6 +97,7 @@ def test_a_steady_update_waits_no_more_often_than_the_base_run(
     corpus, criterion, options = TASKS[task]
     arguments = [corpora.corpus(corpus, root), *options, *PRECISIONS[precision], *ADAM]
     chosen, forwards = MODES[mode]
+    forwards += mode == "curvature" and precision != "fp32"  # rounding is measured
     counts = []
     for command in (base(criterion), [*delta(criterion), *chosen]):
         rehearsal = Rehearsal()

@@ -59,7 +59,8 @@ ERRORS: dict[str, tuple[list[object], str]] = {
     ),
     "unknown weighting": (
         [*delta(), "--sam-weighting", "hessian"],
-        "Unknown weighting='hessian' (--sam-weighting). Choose one of: curvature, uniform.",
+        "Unknown weighting='hessian' (--sam-weighting). Choose one of: curvature, kl, gradient_norm, normalized, "
+        "uniform",
     ),
     "no probes": (
         [*delta(), "--sam-probes", 0],

@@ -11,6 +11,7 @@ from tests.helpers.runs import (
     ADAM,
     HALF,
     SMOOTHED,
+    TRANSLATION,
     assert_batches_of_one_are_sam,
     assert_same_model,
     base,
@@ -81,6 +82,26 @@ def test_loss_terms_outside_the_criterion(translation_data: Path, tmp_path: Path
     )
     with pytest.raises(RuntimeError, match=message):
         fairseq_train(translation_data, tmp_path, *options, "--sam-perturbation", perturbation, "--update-freq", 2)
+
+
+def test_a_weighting_of_one_s_own(translation_data: Path, tmp_path: Path) -> None:
+    """Registered in a user-dir, and named on the command line like any other."""
+    runs = []
+    for name in (homemade.WEIGHTING, "curvature", "uniform"):
+        options = [*TRANSLATION, *ADAM, *delta(), "--sam-weighting", name]
+        options += ["--tensorboard-logdir", tmp_path / name / "logs"]
+        fairseq_train(translation_data, tmp_path / name, *options, updates=2)
+        runs.append(scalars(tmp_path / name / "logs", "sam_sharpness")["sam_sharpness"])
+    assert runs[0] != runs[1]
+    assert runs[0] != runs[2]
+    ess = scalars(tmp_path / homemade.WEIGHTING / "logs", "sam_ess")["sam_ess"]
+    assert all(0 < share < 1 for share in ess)
+
+
+def test_weighting_by_logits_is_refused_for_a_criterion_that_gives_none(translation_data: Path, tmp_path: Path) -> None:
+    message = rf"Criterion '{homemade.CRITERION}' \(--base-criterion\) gives no logits, and the weighting \(--sam-weig"
+    with pytest.raises(ValueError, match=message):
+        fairseq_train(translation_data, tmp_path, *HOMEMADE, *delta(homemade.CRITERION), "--sam-weighting", "kl")
 
 
 def test_a_part_of_the_model_at_a_time_in_half_precision_is_refused(translation_data: Path, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ LINES = {
         ["--sam-probes", 2],
         "perturbation=batch, weighting=curvature, probes=2, 139,008 parameters perturbed",
     ),
+    "kl": (["--sam-weighting", "kl"], "perturbation=batch, weighting=kl, probes=1, 139,008 parameters perturbed"),
     "uniform": (["--sam-weighting", "uniform"], "perturbation=batch, weighting=uniform, 139,008 parameters perturbed"),
     "instance": (INSTANCE, "perturbation=instance, 139,008 parameters perturbed, 0 (0.00%) not covered"),
 }
@@ -66,7 +67,8 @@ def test_the_line_names_what_is_not_covered() -> None:
     )
 
 
-WEIGHTS, SPREAD, PROBES = ["sam_ess", "sam_weight_max"], ["sam_ascent_gnorm_std"], ["sam_probes_failed"]
+WEIGHTS, SPREAD = ["sam_ess", "sam_weight_max"], ["sam_ascent_gnorm_std"]
+PROBES = ["sam_probes_failed", "sam_probes_lost"]
 CONSTANT = {"uniform": ["--sam-weighting", "uniform"], "instance": INSTANCE, "radius zero": [*INSTANCE, "--sam-rho", 0]}
 LEFT_OUT = {"uniform": [*WEIGHTS, *SPREAD, *PROBES], "instance": [*WEIGHTS, *PROBES], "radius zero": SPREAD}
 

@@ -21,7 +21,7 @@ from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion, LabelSmoothedCrossEntropyCriterionConfig)
 import torch
-from deltasam_plugin import per_sample_losses
+from deltasam_plugin import Logits, per_sample_losses
 
 torch.cuda.ByteTensor = torch.ByteTensor  # fairseq gathers objects through CUDA even on a CPU
 torch.Tensor.pin_memory = lambda tensor: tensor
@@ -44,7 +44,10 @@ class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
     def logging_outputs_can_be_summed():
         return "MEMORY_ENDS_AT" not in os.environ  # a sum would need an output of every worker
 
-@per_sample_losses("spying_label_smoothed_cross_entropy")
+def logits(criterion, model, sample, net_output):
+    return Logits.by_sample(net_output[0], sample["target"].ne(criterion.padding_idx))
+
+@per_sample_losses("spying_label_smoothed_cross_entropy", logits=logits)
 def losses(criterion, model, sample, net_output):
     values, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return values.view(sample["target"].size(0), -1).sum(dim=1)
@@ -169,7 +172,7 @@ def test_perturbations_of_instances_do_not_depend_on_the_worker(one_batch: Runs)
         assert one == pytest.approx(other, rel=0.002), name
 
 
-@pytest.mark.parametrize("weighting", ["curvature", "uniform"])
+@pytest.mark.parametrize("weighting", ["curvature", "kl", "uniform"])
 def test_synchronised_workers_are_one_worker(one_batch: Runs, weighting: str) -> None:
     """--sam-sync: the weights of all samples together, one ascent, as one process with the whole batch."""
     options = ["--optimizer", "delta_sam", "--base-optimizer", "sgd", "--lr", 0.02, "--max-update", 8]
@@ -179,7 +182,7 @@ def test_synchronised_workers_are_one_worker(one_batch: Runs, weighting: str) ->
     apart = one_batch.train("apart", *options, "--batch-size", 8, workers=2)
     assert synchronised["notes"][0] == synchronised["notes"][1]
     assert 5 * distance(whole, synchronised) < distance(whole, apart)
-    weights = ("sam_ess", "sam_weight_max") if weighting == "curvature" else ()
+    weights = ("sam_ess", "sam_weight_max") if weighting != "uniform" else ()
     for name in (*weights, "sam_ascent_gnorm", "sam_sharpness"):
         one, other = (scalars(final["logs"], name)[name] for final in (whole, synchronised))
         assert one == pytest.approx(other, rel=0.02), name

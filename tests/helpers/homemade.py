@@ -17,9 +17,10 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor, nn
 
-from deltasam_plugin import per_sample_losses
+from deltasam_plugin import per_sample_losses, weighting
 
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
+WEIGHTING = "inverse_curvature"
 REGULARIZED = "regularized_translation"
 THAWING, FREEZING = "thawing_translation", "freezing_translation"
 
@@ -80,6 +81,12 @@ def normalizing_losses(criterion: Any, model: Any, sample: Any, net_output: Any)
     """As for label-smoothed cross-entropy."""
     losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return losses.view(sample["target"].size(0), -1).sum(dim=1)
+
+
+@weighting(WEIGHTING, measures="second_difference")
+def inverse(magnitudes: Tensor, probes: int) -> Tensor:
+    """Samples whose gradient changes slowly count more."""
+    return 1 / magnitudes
 
 
 @register_task(THAWING, dataclass=TranslationConfig)

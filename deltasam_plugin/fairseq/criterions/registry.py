@@ -25,11 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.loss import Objective
+from deltasam_plugin.loss import Logits, Objective
 
 PerSampleLosses = Callable[..., Any]
+PerSampleLogits = Callable[..., "Logits | None"]
 
 PER_SAMPLE_LOSSES: dict[str, PerSampleLosses] = {}
+LOGITS: dict[str, PerSampleLogits] = {}
 CALLS: dict[str, Sequence[str]] = {}
 
 REFUSED: dict[str, str] = {
@@ -53,7 +55,9 @@ REFUSED: dict[str, str] = {
 }
 
 
-def per_sample_losses(name: str, calls: Sequence[str] = ()) -> Callable[[PerSampleLosses], PerSampleLosses]:
+def per_sample_losses(
+    name: str, calls: Sequence[str] = (), logits: PerSampleLogits | None = None
+) -> Callable[[PerSampleLosses], PerSampleLosses]:
     """Register the per-sample loss function of a criterion.
 
     It is called as ``function(criterion, model, sample, *outputs)``. The outputs are what the model returned during the
@@ -73,6 +77,10 @@ def per_sample_losses(name: str, calls: Sequence[str] = ()) -> Callable[[PerSamp
         calls: methods and submodules of the model, by dotted path, such as ``get_normalized_probs`` or
             ``decoder.adaptive_softmax``. What they return is added to the outputs, in the order in which they return.
             A part that the model does not have, or that is not called, adds nothing.
+        logits: for weightings that compare predictions (``kl``): a function that is called with the same arguments and
+            returns :class:`deltasam_plugin.Logits`, the logits or log-probabilities of every prediction that the loss
+            depends on; or None if the criterion, as it is set up, predicts no classes. It runs for these weightings
+            only. Without it they are refused for this criterion.
 
     Raises:
         ValueError: this criterion already has a per-sample loss function.
@@ -86,6 +94,8 @@ def per_sample_losses(name: str, calls: Sequence[str] = ()) -> Callable[[PerSamp
             )
         PER_SAMPLE_LOSSES[name] = function
         CALLS[name] = tuple(calls)
+        if logits is not None:
+            LOGITS[name] = logits
         return function
 
     return register
@@ -155,10 +165,33 @@ def _recorded_call(model: nn.Module, path: str, outputs: list[Any]) -> Iterator[
                 vars(owner)[last] = before
 
 
-def objective_of(loss: Tensor, parts: Tensor | tuple[Any, ...]) -> Objective:
-    """The criterion's loss as a scalar, and what its per-sample loss function returned."""
+def objective_of(loss: Tensor, parts: Tensor | tuple[Any, ...], logits: Logits | None = None) -> Objective:
+    """The criterion's loss as a scalar, what its per-sample loss function returned, and the logits if needed."""
     loss = loss.reshape(())  # adaptive_loss gives (1,)
-    return Objective(loss, *parts) if isinstance(parts, tuple) else Objective(loss, parts)
+    parts = parts if isinstance(parts, tuple) else (parts,)
+    return Objective(loss, *parts)._replace(logits=logits)
+
+
+def logits_of(name: str, *arguments: Any) -> Logits:
+    """The logits of a criterion's predictions.
+
+    Args:
+        name: of the criterion.
+        arguments: criterion, model, sample and outputs, as for its per-sample loss function.
+
+    Raises:
+        ValueError: there are none.
+    """
+    logits = LOGITS[name](*arguments) if name in LOGITS else None
+    if logits is None:
+        condition = ", as it is set up," if name in LOGITS else ""
+        raise ValueError(
+            f"Criterion {name!r} (--base-criterion){condition} gives no logits, and the weighting (--sam-weighting) "
+            "compares them. Choose another weighting, such as curvature; or a criterion that gives logits: "
+            f"{', '.join(sorted(LOGITS))}. One of your own needs the argument logits of "
+            "@deltasam_plugin.per_sample_losses."
+        )
+    return logits
 
 
 def check(name: str, objective: Objective, sample: Any) -> None:

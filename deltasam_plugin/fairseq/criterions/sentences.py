@@ -10,12 +10,21 @@ from torch import Tensor
 
 from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
 from deltasam_plugin.fairseq.errors import InvalidValue
+from deltasam_plugin.loss import Logits
 
 REGULARIZERS = ["_get_adaptive_head_loss", "_get_adaptive_ffn_loss"]
 
 
-@per_sample_losses("sentence_prediction", calls=REGULARIZERS)
-@per_sample_losses("sentence_prediction_adapters")
+def _classes(criterion: Any, model: Any, sample: Any, net_output: Any, *_: Any) -> Logits | None:
+    return None if criterion.regression_target else Logits.by_sample(net_output[0].detach())
+
+
+def _ranks(criterion: Any, model: Any, sample: Any, *candidates: Any) -> Logits:
+    return Logits.by_sample(torch.cat([scores.detach() for scores, _ in candidates], dim=1))
+
+
+@per_sample_losses("sentence_prediction", calls=REGULARIZERS, logits=_classes)
+@per_sample_losses("sentence_prediction_adapters", logits=_classes)
 def _classified(
     criterion: Any, model: Any, sample: Any, net_output: Any, *regularizers: Tensor
 ) -> tuple[Tensor, Tensor | None]:
@@ -29,7 +38,7 @@ def _classified(
     return losses, torch.stack(regularizers).sum() if regularizers else None
 
 
-@per_sample_losses("sentence_ranking")
+@per_sample_losses("sentence_ranking", logits=_ranks)
 def _ranked(criterion: Any, model: Any, sample: Any, *candidates: Any) -> Tensor:
     if criterion.prediction_h is not None:
         raise InvalidValue(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deltasam_plugin.fairseq.criterions.registry import per_sample_losses
 from deltasam_plugin.fairseq.errors import InvalidValue
+from deltasam_plugin.loss import Logits
 
 
 class RecordedProbabilities:
@@ -66,14 +67,25 @@ def positions(mask: Tensor, count: int) -> Tensor:
     return every.new_zeros(count + 1).scatter_(0, places, every)[:count]
 
 
-@per_sample_losses("cross_entropy", calls=["get_normalized_probs"])
-@per_sample_losses("label_smoothed_cross_entropy", calls=["get_normalized_probs"])
+def _token_logits(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *_: Any) -> Logits:
+    # Log-probabilities: what the model returns need not be logits (adaptive softmax).
+    counted = sample["target"].ne(criterion.padding_idx)
+    ignored = getattr(criterion, "ignore_prefix_size", 0)
+    if ignored > 0:
+        counted = counted & (torch.arange(counted.size(1), device=counted.device) >= ignored)
+    batches = lprobs.size(0) // len(counted)  # R-Drop doubles the batch
+    values = lprobs.detach().view(batches, *counted.shape, -1).transpose(0, 1)
+    return Logits.by_sample(values, counted.unsqueeze(1).expand(values.shape[:-1]))
+
+
+@per_sample_losses("cross_entropy", calls=["get_normalized_probs"], logits=_token_logits)
+@per_sample_losses("label_smoothed_cross_entropy", calls=["get_normalized_probs"], logits=_token_logits)
 def _token_losses(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *_: Any) -> Tensor:
     losses, _ = criterion.compute_loss(RecordedProbabilities(model, lprobs), net_output, sample, reduce=False)
     return losses.view(sample["target"].size(0), -1).sum(dim=1)
 
 
-@per_sample_losses("label_smoothed_cross_entropy_with_alignment", calls=["get_normalized_probs"])
+@per_sample_losses("label_smoothed_cross_entropy_with_alignment", calls=["get_normalized_probs"], logits=_token_logits)
 def _aligned(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *_: Any) -> Tensor:
     losses = _token_losses(criterion, model, sample, net_output, lprobs)
     alignments = sample.get("alignments")
@@ -86,7 +98,7 @@ def _aligned(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: T
     return losses + criterion.alignment_lambda * summed_by_sample(surprise, target // length, batch)
 
 
-@per_sample_losses("label_smoothed_cross_entropy_with_rdrop", calls=["get_normalized_probs"])
+@per_sample_losses("label_smoothed_cross_entropy_with_rdrop", calls=["get_normalized_probs"], logits=_token_logits)
 def _twice(criterion: Any, model: Any, sample: Any, net_output: Any, lprobs: Tensor, *answers: Any) -> Tensor:
     # The criterion doubles the batch for two dropout masks: sample i has rows i and B + i.
     batch = sample["target"].size(0)
@@ -118,13 +130,23 @@ def _adaptive(
     return total, None, [samples for samples in rows[1:] if samples is not None]
 
 
-@per_sample_losses("masked_lm")
+def _masked_logits(criterion: Any, model: Any, sample: Any, net_output: Any) -> Logits:
+    target, logits = sample["target"], net_output[0].detach().view(-1, net_output[0].size(-1))
+    selected = _selected(criterion, target, logits)
+    return Logits(logits, selected // target.size(1), target.flatten()[selected].ne(criterion.padding_idx))
+
+
+def _selected(criterion: Any, target: Tensor, logits: Tensor) -> Tensor:
+    """The positions of the target that the model predicts, of B·T."""
+    if len(logits) == target.numel():  # no token is masked: the model predicts all of them
+        return torch.arange(target.numel(), device=target.device)
+    return positions(target.ne(criterion.padding_idx), len(logits))
+
+
+@per_sample_losses("masked_lm", logits=_masked_logits)
 def _masked(criterion: Any, model: Any, sample: Any, net_output: Any) -> tuple[Tensor, None, list[Tensor]]:
     target, logits = sample["target"], net_output[0].view(-1, net_output[0].size(-1))
-    if len(logits) == target.numel():  # no token is masked: the model predicts all of them
-        selected = torch.arange(target.numel(), device=target.device)
-    else:
-        selected = positions(target.ne(criterion.padding_idx), len(logits))
+    selected = _selected(criterion, target, logits)
     labels, rows = target.flatten()[selected], selected // target.size(1)
     losses = cross_entropy(logits, labels, ignore_index=criterion.padding_idx, reduction="none")
     return summed_by_sample(losses, rows, target.size(0)), None, [rows]

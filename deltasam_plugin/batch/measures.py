@@ -1,0 +1,197 @@
+r"""What a probe measures in every sample, and below which size it is rounding noise.
+
+A probe displaces the weights along a direction u that all samples share. A measure compares what the forward passes
+gave there with what the ascent's forward pass gave at w. Every loss here is the sum over one sample's tokens, exactly
+as it enters the objective. Tensors in, tensors out, all in double precision: no comparison adds rounding of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from deltasam_plugin.loss import Logits, Objective
+from deltasam_plugin.precision import at_least_float32
+
+# Measured by benchmarks/probe_study.py: the rounding error of a loss in units of eps * |loss|, in single precision.
+ROUNDING_FACTOR = 4.0
+# Likewise: the error of a sample's logits in units of eps times their own spread.
+LOGIT_ROUNDING_FACTOR = 2.0
+# The least floor in standard deviations of the noise, where the noise is measured: 95 % of it is below.
+DEVIATIONS = 2.0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What one probe measures in every sample.
+
+    Attributes:
+        sides: where its forward passes run, in units of the displacement.
+        compare: from the results at these places and at w to the measurements, shape (B,).
+        floor: from the same and eps, the spacing of the numbers, to the size (B,) below which this is rounding.
+        noise: standard deviation of its rounding error in units of that of the difference between two losses; None if
+            `floor` holds in half precision too.
+        signs: whether directions are random signs. Otherwise they are standard normal.
+        logits: whether it compares logits.
+        least_scale: by dtype, the shortest displacement along which it rises above rounding, as a fraction of the L2
+            norm of the parameters. Measured by benchmarks/probe_study.py.
+    """
+
+    sides: tuple[int, ...]
+    compare: Callable[[Sequence[Objective], Objective], Tensor]
+    floor: Callable[[Sequence[Objective], Objective, float], Tensor]
+    noise: float | None = None
+    signs: bool = False
+    logits: bool = False
+    least_scale: Mapping[torch.dtype, float] = field(default_factory=dict)
+
+
+def second_difference(plus: Tensor, minus: Tensor, center: Tensor) -> Tensor:
+    r"""The second difference of every sample's loss along one direction.
+
+    .. math:: D_i = \ell_i(w + \sigma u) + \ell_i(w - \sigma u) - 2\,\ell_i(w) = \sigma^2 u^\top H_i u + O(\sigma^4)
+
+    It is exact for quadratic losses at any :math:`\sigma` and zero for affine ones.
+
+    Args:
+        plus: :math:`\ell_i(w + \sigma u)`, shape (..., B).
+        minus: :math:`\ell_i(w - \sigma u)`, shape (..., B).
+        center: :math:`\ell_i(w)`, shape (B,).
+
+    Returns:
+        D, shape (..., B), in double precision.
+    """
+    plus, minus, center = (losses.detach().double() for losses in (plus, minus, center))
+    return (plus - center) + (minus - center)
+
+
+def first_difference(plus: Tensor, center: Tensor) -> Tensor:
+    r"""The difference :math:`\ell_i(w + \sigma z) - \ell_i(w) = \sigma z^\top g_i + O(\sigma^2)`.
+
+    With independent directions z of mean 0 and variance 1, :math:`E (z^\top g_i)^2 = \|g_i\|^2`.
+
+    Args:
+        plus: :math:`\ell_i(w + \sigma z)`, shape (..., B).
+        center: :math:`\ell_i(w)`, shape (B,).
+
+    Returns:
+        Shape (..., B), in double precision.
+    """
+    return plus.detach().double() - center.detach().double()
+
+
+def logit_change(moved: Tensor, center: Logits, batch: int) -> Tensor:
+    r"""How far every sample's predicted distributions move, as a length.
+
+    .. math:: D_i = \Bigl(\sum_t \mathrm{Var}_{p_t}\bigl(z_t(w+\sigma u) - z_t(w)\bigr)\Bigr)^{1/2}
+              = \sigma\,(u^\top G_i u)^{1/2} + O(\sigma^2), \qquad p_t = \mathrm{softmax}(z_t(w))
+
+    The sum runs over the predictions t of sample i; Gᵢ is the Gauss-Newton matrix of its cross-entropy. To second
+    order :math:`D_i^2` is twice the Kullback-Leibler divergence. What is added to all logits of a prediction cancels.
+
+    Args:
+        moved: the logits z at the displaced weights, shape (N, V).
+        center: those at w, with the sample of each row.
+        batch: B.
+
+    Returns:
+        D, shape (B,), double precision.
+    """
+    values = at_least_float32(center.values.detach())
+    return _spread(at_least_float32(moved.detach()) - values, values.softmax(dim=-1), center, batch)
+
+
+def _spread(values: Tensor, probabilities: Tensor, rows: Logits, batch: int) -> Tensor:
+    # Where the probability is zero, minus infinity less minus infinity must not count.
+    values = torch.where(probabilities > 0, values, 0)
+    mean = (probabilities * values).sum(dim=-1, keepdim=True)
+    variances = (probabilities * (values - mean).square()).sum(dim=-1).double()
+    if rows.counted is not None:
+        variances = torch.where(rows.counted, variances, 0)
+    total = torch.zeros(batch, dtype=torch.double, device=values.device)
+    return total.index_add(0, rows.samples, variances).sqrt()
+
+
+def rounding_floor(displaced: Sequence[Tensor], center: Tensor, eps: float) -> Tensor:
+    r"""The size below which a difference of losses is rounding noise, in single and double precision.
+
+    .. math:: \tau_i = c\,\mathrm{eps}\,\tfrac12 \bigl(\overline{|\ell_i(w \pm \sigma u)|} + |\ell_i(w)|\bigr)
+
+    Args:
+        displaced: the losses at each displaced place, shape (..., B) each.
+        center: those at w, shape (B,).
+        eps: spacing of the numbers that the forward pass computes with, ``torch.finfo(dtype).eps``.
+
+    Returns:
+        :math:`\tau`, shape (..., B), in the unit of the losses.
+    """
+    sizes = [losses.detach().double().abs() for losses in displaced]
+    return ROUNDING_FACTOR * eps * (sum(sizes) / len(sizes) + center.detach().double().abs()) / 2
+
+
+def measured_floor(center: Tensor, dithered: Tensor, noise: float) -> Tensor:
+    r"""The size below which a difference of losses is rounding noise, from what rounding really did.
+
+    .. math:: \tau = \mathrm{noise}\,\max\Bigl(2\,\bigl(\tfrac1B \sum_i e_i^2\bigr)^{1/2},\ \max_i |e_i|\Bigr),
+              \qquad e_i = \ell_i(\tilde w) - \ell_i(w)
+
+    In half precision the error of a loss is no fixed multiple of its size: logits are rounded, and errors of tokens
+    cancel out. So it is measured: :math:`\tilde w` differs from w by less than the spacing of the numbers, and the
+    losses there by nothing but rounding.
+
+    Args:
+        center: :math:`\ell_i(w)`, shape (B,).
+        dithered: :math:`\ell_i(\tilde w)`, shape (B,).
+        noise: see :class:`Measure`.
+
+    Returns:
+        :math:`\tau`, a scalar in the unit of the losses.
+    """
+    errors = first_difference(dithered, center)
+    return noise * torch.maximum(DEVIATIONS * errors.square().mean().sqrt(), errors.abs().amax())
+
+
+def _logits(result: Objective) -> Logits:
+    assert result.logits is not None  # refused before
+    return result.logits
+
+
+def _loss_floor(displaced: Sequence[Objective], center: Objective, eps: float) -> Tensor:
+    return rounding_floor([result.losses for result in displaced], center.losses, eps)
+
+
+def _logit_floor(displaced: Sequence[Objective], center: Objective, eps: float) -> Tensor:
+    """As large as if every logit moved by a multiple of eps times its distance from the mean."""
+    rows = _logits(center)
+    return LOGIT_ROUNDING_FACTOR * eps * logit_change(torch.zeros_like(rows.values), rows, center.losses.numel())
+
+
+MEASURES: dict[str, Measure] = {
+    "second_difference": Measure(
+        sides=(1, -1),
+        compare=lambda displaced, center: second_difference(displaced[0].losses, displaced[1].losses, center.losses),
+        floor=_loss_floor,
+        noise=3**0.5,  # variances 1 + 1 + 4 against 1 + 1
+        least_scale={torch.float16: 0.03, torch.bfloat16: 0.1},
+    ),
+    "first_difference": Measure(
+        sides=(1,),
+        compare=lambda displaced, center: first_difference(displaced[0].losses, center.losses),
+        floor=_loss_floor,
+        noise=1.0,
+        signs=True,
+        least_scale={torch.bfloat16: 0.03},
+    ),
+    "logit_change": Measure(
+        sides=(1,),
+        compare=lambda displaced, center: logit_change(
+            _logits(displaced[0]).values, _logits(center), center.losses.numel()
+        ),
+        floor=_logit_floor,
+        logits=True,
+        least_scale={torch.bfloat16: 0.03},
+    ),
+}

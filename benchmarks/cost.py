@@ -13,6 +13,7 @@ parameters, optimizer state and the most that one update allocates beside them.
   SAM                       DeltaSAM with uniform weights; all ratios are to this one
   SAM of pytorch_optimizer  SAM by another package
   δ-SAM                     DeltaSAM with curvature weights, one probe
+  δ-SAM, kl                 DeltaSAM with weights by the divergence of predictions, one probe
   instance                  DeltaSAM with perturbation="instance": exact, one perturbation for each sample
   loop                      the same update as instance, one sample at a time: 2 backward passes for each
 
@@ -46,8 +47,8 @@ from torch.profiler import ProfilerActivity, profile
 from deltasam_plugin import DeltaSAM
 
 LAYERS, WORDS, PAD, RHO = 3, 8000, 1, 0.05
-METHODS = ADAM, SAM, PEER, CURVATURE, INSTANCE, LOOP = (
-    "Adam", "SAM", "SAM of pytorch_optimizer", "δ-SAM", "instance", "loop",
+METHODS = ADAM, SAM, PEER, CURVATURE, KL, INSTANCE, LOOP = (
+    "Adam", "SAM", "SAM of pytorch_optimizer", "δ-SAM", "δ-SAM, kl", "instance", "loop",
 )  # fmt: skip
 
 
@@ -64,7 +65,7 @@ VARIED = {"width": (64, 128, 256, 512, 1024), "tokens": (16, 32, 64, 128), "batc
 LONG = [Case(256, 256, 8), Case(256, 512, 4), Case(256, 1024, 2), Case(512, 128, 8), Case(512, 512, 4)]
 CHECKED = 16  # batches of instance mode that are compared with autograd, and take longer
 
-Losses = Callable[[slice], Tensor]  # samples in, their losses (B,) out
+Losses = Callable[[slice], tuple[Tensor, Tensor]]  # samples in, their losses (B,) and logits (B, T, V) out
 
 
 def transformer(width: int) -> nn.Module:
@@ -82,7 +83,7 @@ def transformer(width: int) -> nn.Module:
 
 
 def random_losses(model: nn.Module, case: Case, padded: bool) -> Losses:
-    """Return a function that gives the cross-entropy of each sentence, summed over its tokens."""
+    """Return a function that gives the cross-entropy of each sentence, summed over its tokens, and the logits."""
     generator = torch.Generator().manual_seed(1)
     source, target = torch.randint(4, WORDS, (2, case.batch, case.tokens), generator=generator)
     lengths = torch.full((case.batch,), case.tokens)
@@ -92,10 +93,10 @@ def random_losses(model: nn.Module, case: Case, padded: bool) -> Losses:
         source, target = (tokens.masked_fill(empty, PAD) for tokens in (source, target))
     previous = torch.cat([torch.full((case.batch, 1), 2), target[:, :-1]], 1)
 
-    def losses(samples: slice) -> Tensor:
+    def losses(samples: slice) -> tuple[Tensor, Tensor]:
         logits, _ = model(source[samples], lengths[samples], previous[samples])
         lost = F.cross_entropy(logits.flatten(0, 1), target[samples].flatten(), ignore_index=PAD, reduction="none")
-        return lost.view(-1, case.tokens).sum(1)
+        return lost.view(-1, case.tokens).sum(1), logits
 
     return losses
 
@@ -118,7 +119,7 @@ def methods(
 
         def update() -> None:
             optimizer.zero_grad()
-            losses(everyone).mean().backward()
+            losses(everyone)[0].mean().backward()
             optimizer.step()
 
         found[ADAM] = update, optimizer
@@ -128,9 +129,9 @@ def methods(
         optimizer = PeerSAM(parameters, torch.optim.Adam, rho=RHO, **options)
 
         def update() -> None:
-            losses(everyone).mean().backward()
+            losses(everyone)[0].mean().backward()
             optimizer.first_step(zero_grad=True)
-            losses(everyone).mean().backward()
+            losses(everyone)[0].mean().backward()
             optimizer.second_step(zero_grad=True)
 
         found[PEER] = update, optimizer
@@ -140,11 +141,11 @@ def methods(
         optimizer = DeltaSAM(parameters, torch.optim.Adam, rho=RHO, **settings, **options)
 
         def update() -> None:
-            optimizer.step(lambda: losses(everyone))
+            optimizer.step(lambda: losses(everyone) if name == KL else losses(everyone)[0])
 
         if name == INSTANCE:
             for _ in range(CHECKED):
-                optimizer.step(lambda: losses(slice(0, 2)))
+                optimizer.step(lambda: losses(slice(0, 2))[0])
         found[name] = update, optimizer
 
     def loop() -> None:
@@ -157,6 +158,7 @@ def methods(
         SAM: partial(ours, SAM, weighting="uniform"),
         PEER: peer,
         CURVATURE: partial(ours, CURVATURE, weighting="curvature"),
+        KL: partial(ours, KL, weighting="kl"),
         INSTANCE: partial(ours, INSTANCE, perturbation="instance"),
         LOOP: loop,
     }
@@ -170,12 +172,12 @@ def update_by_loop(losses: Losses, parameters: Sequence[Tensor], optimizer: torc
     total = [torch.zeros_like(parameter) for parameter in parameters]
     kept = [parameter.detach().clone() for parameter in parameters]
     for i in range(batch):
-        gradients = torch.autograd.grad(losses(slice(i, i + 1)).sum(), parameters)
+        gradients = torch.autograd.grad(losses(slice(i, i + 1))[0].sum(), parameters)
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         with torch.no_grad():
             torch._foreach_add_(parameters, torch._foreach_mul(gradients, float(RHO / norm)))
         del gradients
-        torch._foreach_add_(total, torch.autograd.grad(losses(slice(i, i + 1)).sum(), parameters))
+        torch._foreach_add_(total, torch.autograd.grad(losses(slice(i, i + 1))[0].sum(), parameters))
         with torch.no_grad():
             torch._foreach_copy_(parameters, kept)
     for parameter, gradient in zip(parameters, total, strict=True):

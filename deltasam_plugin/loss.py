@@ -79,7 +79,7 @@ class Statistics:
         weight_max: B · max v.
         ascent_gnorm: ‖Σ vᵢgᵢ‖; per instance: the mean of ‖gᵢ‖.
         ascent_gnorm_std: per instance: the standard deviation of ‖gᵢ‖; else 0.
-        eps_norm: L2 norm by which the weights really moved; per instance: ρ.
+        eps_norm: L2 norm by which the weights really moved; per instance: the mean radius.
         skipped: 1 if the ascent was skipped, else 0.
         probes_failed: number of probes that gave a non-finite measurement where the loss at w is finite.
         probes_lost: share of the samples in which the probes saw nothing but rounding.

@@ -14,7 +14,7 @@ from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Logits, Objective, Statistics, sharpness_aware_loss
-from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
 
@@ -33,7 +33,7 @@ class DeltaSAM(Optimizer):
     Args:
         params: parameters or parameter groups, as for any torch optimizer.
         base_optimizer: class of the base optimizer, e.g. ``torch.optim.AdamW``.
-        rho: radius, L2 norm of the perturbation in parameter space.
+        rho: radius, L2 norm of the perturbation in parameter space; by default 0.05, for instances 0.01.
         weighting: weights of the samples in the ascent: ``curvature``, ``kl``, ``gradient_norm``, ``normalized``,
             ``uniform`` (plain SAM), or one registered with ``deltasam_plugin.weighting``.
         probes: number of probes per step. Each is two forward passes for ``curvature``, one for the others, none for
@@ -41,6 +41,9 @@ class DeltaSAM(Optimizer):
         probe_scale: length of a probe's displacement as a fraction of the parameters' L2 norm. In half precision it is
             longer, where a shorter one would see nothing but rounding.
         perturbation: ``batch``, one perturbation for the whole batch; ``instance``, one for each sample, exactly.
+        parameters: regular expression; only parameters in whose name it is found are perturbed. Needs named parameters:
+            ``DeltaSAM(model.named_parameters(), ...)``, with torch 2.6 and newer.
+        loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
         **base_options: options of the base optimizer, by their own names.
 
     Raises:
@@ -58,15 +61,25 @@ class DeltaSAM(Optimizer):
         self,
         params: Iterable[Any],
         base_optimizer: type[Optimizer],
-        rho: float = Settings.rho,
+        rho: float | None = None,
         weighting: str = Settings.weighting,
         probes: int = Settings.probes,
         probe_scale: float = Settings.probe_scale,
         perturbation: str = Settings.perturbation,
+        parameters: str | None = None,
+        loss_budget: float | None = None,
         **base_options: Any,
     ) -> None:
         # Deliberately without super().__init__(): the only state is the base optimizer's.
-        self.settings = Settings(rho, weighting, probes, probe_scale, perturbation)
+        self.settings = Settings(
+            rho,
+            weighting,
+            probes,
+            probe_scale,
+            perturbation,
+            parameters=parameters,
+            loss_budget=loss_budget,
+        )
         if not callable(base_optimizer):
             raise ValueError(f"Invalid base_optimizer={base_optimizer!r}. Must be a class, e.g. torch.optim.AdamW.")
         if isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.LBFGS):
@@ -186,9 +199,25 @@ class DeltaSAM(Optimizer):
         if not trained:
             raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
-            parameters = {f"parameter {index}": PerturbedParameter(p) for index, p in enumerate(trained)}
-            self._perturbations = Perturbations(parameters, self.settings, checks=self._checks)
+            named = {name: PerturbedParameter(parameter) for name, parameter in self._names().items()}
+            chosen = chosen_parameters(named, self.settings)
+            self._perturbations = Perturbations(chosen, self.settings, held=trained, checks=self._checks)
         return self._perturbations
+
+    def _names(self) -> dict[str, Tensor]:
+        """The trained parameters by name: their own, or numbers."""
+        named: dict[str, Tensor] = {}
+        for group in self.param_groups:
+            names = group.get("param_names")
+            if names is None and self.settings.parameters is not None:
+                raise ValueError(
+                    f"parameters={self.settings.parameters!r} without names to look at. Pass named parameters: "
+                    "DeltaSAM(model.named_parameters(), ...), with torch 2.6 or newer."
+                )
+            for i, parameter in enumerate(group["params"]):
+                if parameter.requires_grad:
+                    named[f"parameter {len(named)}" if names is None else names[i]] = parameter
+        return named
 
 
 def objective_of(returned: Any) -> Objective:

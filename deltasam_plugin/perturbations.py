@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,37 @@ from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
 from deltasam_plugin.loss import Perturbation
 from deltasam_plugin.settings import Settings
 
+LISTED = 5  # names in a message
+
+
+def chosen_parameters(
+    parameters: Mapping[str, PerturbedParameter], settings: Settings
+) -> dict[str, PerturbedParameter]:
+    """Those that ``--sam-parameters`` chooses.
+
+    Args:
+        parameters: all that are trained, by name.
+        settings: validated settings.
+
+    Raises:
+        ValueError: it chooses none, or not all of those that forward passes rewrite.
+    """
+    chosen = {name: parameter for name, parameter in parameters.items() if settings.perturbs(name)}
+    rule = f"Invalid parameters={settings.parameters!r} (--sam-parameters)"
+    if parameters and not chosen:
+        raise ValueError(f"{rule}: found in no parameter's name. They are {_listing(parameters)}.")
+    if rewritten := [name for name, item in parameters.items() if item.rewritten and name not in chosen]:
+        raise ValueError(
+            f"{rule}: not found in {_listing(rewritten)}, which quantization noise rewrites in every forward pass. "
+            "Choose these parameters too, or leave quantization noise out."
+        )
+    return chosen
+
+
+def _listing(names: Collection[str]) -> str:
+    shown = list(names)[:LISTED]
+    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
 
 class Perturbations:
     """Makes the perturbation of each (micro-)batch, and keeps what lasts from batch to batch.
@@ -22,7 +53,7 @@ class Perturbations:
     Args:
         parameters: what is perturbed, by name.
         settings: validated settings. A radius of zero needs no perturbation for each sample.
-        leaves: see :class:`~deltasam_plugin.batch.perturbation.BatchPerturbation`.
+        leaves, held: see :class:`~deltasam_plugin.batch.perturbation.BatchPerturbation`.
         workers: those that share one perturbation; by default this one alone.
         checks: those of the run, if it goes on with other parameters; by default a run begins.
     """
@@ -32,17 +63,23 @@ class Perturbations:
         parameters: Mapping[str, PerturbedParameter],
         settings: Settings,
         leaves: Sequence[Tensor] | None = None,
+        held: Sequence[Tensor] = (),
         workers: Workers = NO_SYNC,
         checks: Checks | None = None,
     ) -> None:
         self._settings = settings
         self._parameters = list(parameters.values())
-        self._leaves, self._workers = leaves, workers
+        self._leaves, self._held, self._workers = leaves, held, workers
         self.checks = Checks() if checks is None else checks
         self._engine: InstanceEngine | None = None
-        if settings.perturbation == "instance" and settings.rho > 0:
+        if settings.perturbation == "instance" and settings.radius > 0:
             named = ((name, perturbed.parameter) for name, perturbed in parameters.items())
-            self._engine = InstanceEngine(named, settings.rho)  # type: ignore[arg-type]
+            self._engine = InstanceEngine(named, settings.radius, settings.loss_budget)  # type: ignore[arg-type]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What is perturbed."""
+        return [perturbed.parameter for perturbed in self._parameters]
 
     @property
     def devices(self) -> set[torch.device]:
@@ -54,9 +91,9 @@ class Perturbations:
         """The parameters that instance mode leaves unperturbed, as far as is known."""
         return [] if self._engine is None else self._engine.uncovered
 
-    def fit(self, parameters: Sequence[Tensor], settings: Settings) -> bool:
-        """Whether these are the perturbations of `parameters` by `settings`."""
-        return settings == self._settings and [*map(id, parameters)] == [id(p.parameter) for p in self._parameters]
+    def fit(self, held: Sequence[Tensor], settings: Settings) -> bool:
+        """Whether these were made for the parameters `held`, and for `settings`."""
+        return settings == self._settings and [*map(id, held)] == [*map(id, self._held)]
 
     def of_batch(self, step: int = 0) -> Perturbation:
         """The perturbation of one (micro-)batch.
@@ -67,4 +104,6 @@ class Perturbations:
         self.checks.next_batch()
         if self._engine is not None:
             return InstancePerturbation(self._engine, self.checks)
-        return BatchPerturbation(self._parameters, self._leaves, self._settings, step, self._workers, self.checks)
+        return BatchPerturbation(
+            self._parameters, self._leaves, self._settings, step, self._workers, self.checks, self._held
+        )

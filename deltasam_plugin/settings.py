@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 
 PERTURBATIONS = ("batch", "instance")
+# Samples of a batch cancel out in its gradient, and in instance mode they do not: the loss rises more at one radius.
+DEFAULT_RHO = {"batch": 0.05, "instance": 0.01}
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,8 @@ class Settings:
     r"""The settings of δ-SAM, validated on construction.
 
     Args:
-        rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space.
+        rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space. By default 0.05, for
+            instances 0.01.
         weighting: name of the weighting of the samples in the ascent, one of ``WEIGHTINGS``.
         probes: number K >= 1 of probes that the weighting averages.
         probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the parameters
@@ -25,22 +29,38 @@ class Settings:
             latter does not use weighting, probes and sync.
         sync: data-parallel workers share one perturbation, that of the union of their batches. By default each worker
             perturbs by its own batch (m-sharpness).
+        parameters: regular expression. Only parameters with a name in which it is found are perturbed, probed and
+            counted; by default all are.
+        loss_budget: C > 0, in nats a sample. The radius is at most :math:`C/\|g\|`, so that to first order the mean
+            loss of the samples rises by no more than C; for instances the loss of each. By default there is no budget.
+
+    Reference: for the budget, arXiv 2605.10183 (LE-SAM).
 
     Raises:
         ValueError: a value breaks its rule; the message names value, rule and remedy.
     """
 
-    rho: float = 0.05
+    rho: float | None = None
     weighting: str = "curvature"
     probes: int = 1
     probe_scale: float = 0.01
     perturbation: str = "batch"
     sync: bool = False
+    parameters: str | None = None
+    loss_budget: float | None = None
 
     def __post_init__(self) -> None:
-        if not (_finite(self.rho) and self.rho >= 0):
+        if self.perturbation not in PERTURBATIONS:
             raise ValueError(
-                f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; 0.05 is the usual start."
+                f"Unknown perturbation={self.perturbation!r} (--sam-perturbation). "
+                f"Choose one of: {', '.join(PERTURBATIONS)}."
+            )
+        if self.rho is None:  # equal settings are equal, whether given or not
+            object.__setattr__(self, "rho", DEFAULT_RHO[self.perturbation])
+        if not (_finite(self.rho) and self.radius >= 0):
+            raise ValueError(
+                f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; "
+                f"{DEFAULT_RHO[self.perturbation]} is the usual start."
             )
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
@@ -57,16 +77,33 @@ class Settings:
                 f"Invalid probe_scale={self.probe_scale!r} (--sam-probe-scale). Must be a fraction of the norm of the "
                 "weights, between 0 and 1 exclusive; 0.01 is the default."
             )
-        if self.perturbation not in PERTURBATIONS:
+        if self.parameters is not None:
+            try:
+                re.compile(self.parameters)
+            except re.error as error:
+                raise ValueError(
+                    f"Invalid parameters={self.parameters!r} (--sam-parameters). Must be a regular expression that "
+                    f"Python understands: {error}."
+                ) from error
+        if self.loss_budget is not None and not (_finite(self.loss_budget) and self.loss_budget > 0):
             raise ValueError(
-                f"Unknown perturbation={self.perturbation!r} (--sam-perturbation). "
-                f"Choose one of: {', '.join(PERTURBATIONS)}."
+                f"Invalid loss_budget={self.loss_budget!r} (--sam-loss-budget). Must be a finite number > 0, in nats a "
+                "sample; leave it out for none."
             )
+
+    @property
+    def radius(self) -> float:
+        """rho, given or by default."""
+        return DEFAULT_RHO[self.perturbation] if self.rho is None else self.rho
+
+    def perturbs(self, name: str) -> bool:
+        """Whether the parameter of this name is to be perturbed."""
+        return self.parameters is None or re.search(self.parameters, name) is not None
 
     @property
     def compares_logits(self) -> bool:
         """Whether the forward pass must give logits. At a radius of zero instance mode probes as batch mode does."""
-        return WEIGHTINGS[self.weighting].by_logits and (self.perturbation == "batch" or self.rho == 0)
+        return WEIGHTINGS[self.weighting].by_logits and (self.perturbation == "batch" or self.radius == 0)
 
 
 def _finite(value: object) -> bool:

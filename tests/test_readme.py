@@ -24,6 +24,7 @@ from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.criterions.registry import LOGITS, PER_SAMPLE_LOSSES
 from deltasam_plugin.loss import Statistics
+from deltasam_plugin.settings import DEFAULT_RHO
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
 from tests.helpers.runs import SMOOTHED, fairseq_train
@@ -282,6 +283,8 @@ def test_options_and_their_defaults() -> None:
     found = [item for config in (DeltaSAMOptimizerConfig, DeltaSAMCriterionConfig) for item in fields(config)]
     defaults = {f"`--{item.name.replace('_', '-')}`": item.default for item in found if item.name != "_name"}
     expected = {name: "off" if value is False else str(value) for name, value in defaults.items()}
+    expected |= {"`--sam-rho`": f"{DEFAULT_RHO['batch']}; `instance`: {DEFAULT_RHO['instance']}"}
+    expected |= {"`--sam-parameters`": "all", "`--sam-loss-budget`": "none"}
     assert {row["option"]: row["default"] for row in rows(README, "option")} == expected
 
 

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from deltasam_plugin.precision import at_least_float32
 
-JOINED = 2**22  # elements of tensors that are joined
+
+def lot_size(device: torch.device) -> int:
+    """How many elements are processed together: on a CPU what its cache holds, else enough to launch few kernels."""
+    return 2**16 if device.type == "cpu" else 2**22
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
         A scalar on the first tensor's device, at least fp32; zero for no tensors or only zeros, non-finite if any
         element is.
     """
-    filled = [tensor for tensor in tensors if tensor.numel() > 0]
+    filled = [part for tensor in tensors if tensor.numel() > 0 for (part,) in parts_of(tensor)]
     return norm_of_norms([tensor_norm(joined(filled[i] for i in lot)) for lot in lots(filled)])
 
 
@@ -86,12 +89,24 @@ def lots(tensors: Sequence[Tensor], *more: Sequence[Any]) -> list[list[int]]:
     sizes: dict[tuple[Any, ...], int] = {}
     for index, (tensor, *properties) in enumerate(zip(tensors, *more, strict=True)):
         key = tensor.device, tensor.dtype, *properties
-        if sizes.get(key, JOINED) >= JOINED:
+        if key not in sizes or sizes[key] >= lot_size(tensor.device):
             latest[key], sizes[key] = [], 0
             found.append(latest[key])
         latest[key].append(index)
         sizes[key] += tensor.numel()
     return found
+
+
+def parts_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of tensors of one shape, detached: views of no more elements than a lot has.
+
+    Tensors that do not lie in memory in the order of their elements stay whole.
+    """
+    size, detached = lot_size(tensors[0].device), [tensor.detach() for tensor in tensors]
+    if tensors[0].numel() > size and all(t.layout is torch.strided and t.is_contiguous() for t in tensors):
+        yield from zip(*(tensor.view(-1).split(size) for tensor in detached))
+    else:
+        yield tuple(detached)
 
 
 def joined(tensors: Iterable[Tensor]) -> Tensor:
@@ -187,26 +202,27 @@ def displace(
         scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
         unit: scalar; one by default.
     """
-    moving, resting = [], []
+    moving: list[tuple[Tensor, ...]] = []
+    resting = []
     for p, original, step in zip(parameters, originals, steps, strict=True):
         if step is None:
             resting.append((p.parameter, original))
         elif step.shape == original.shape:
-            moving.append((p, original, step))
+            moving += parts_of(p.parameter, original, step, *([] if p.master is None else [p.master]))
         else:
             raise RuntimeError(f"A step of shape {tuple(step.shape)} for a parameter of shape {tuple(original.shape)}.")
     if resting:
         copy_all(*zip(*resting, strict=True))
-    kinds = [(step.dtype, p.master is None, p.value.dtype) for p, _, step in moving]
-    for lot in lots([original for _, original, _ in moving], kinds):
-        chosen, before, steps = zip(*(moving[i] for i in lot))
+    kinds = [tuple(tensor.dtype for tensor in tensors[2:]) for tensors in moving]
+    for lot in lots([original for _, original, *_ in moving], kinds):
+        targets, before, *more = zip(*(moving[i] for i in lot))
         original = flattened(before)
-        value = original if chosen[0].master is None else flattened([p.value for p in chosen])
-        factor, step = scale.to(original.device), joined(steps)
+        value = flattened(more[1]) if len(more) == 2 else original  # the master
+        factor, step = scale.to(original.device), joined(more[0])
         step = step * factor if unit is None else (step / unit.to(original.device)).mul_(factor)
         moved = (value + step).to(original.dtype)
-        parts = torch.where(factor != 0, moved, original).split([tensor.numel() for tensor in before])
-        copy_all([p.parameter for p in chosen], [part.view(old.shape) for part, old in zip(parts, before, strict=True)])
+        pieces = torch.where(factor != 0, moved, original).split([tensor.numel() for tensor in before])
+        copy_all(targets, [piece.view(old.shape) for piece, old in zip(pieces, before, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -232,6 +248,7 @@ def ascended(
     gradients: list[Tensor | None],
     rho: float,
     rewritten: Sequence[Tensor | None] = (),
+    rise: Tensor | None = None,
 ) -> Iterator[Ascent]:
     r"""Within this context the parameters are :math:`w + \epsilon,\ \epsilon = \rho\,g/\|g\|`; afterwards they are w.
 
@@ -242,6 +259,8 @@ def ascended(
         gradients: g, one per parameter, of its shape; None counts as zero. The list is emptied, to free the memory.
         rho: radius, L2 norm in parameter space.
         rewritten: as for :func:`restored`.
+        rise: R, scalar. Shortens the radius to :math:`\min(\rho, R/\|g\|)`: to first order, what has the gradient g
+            rises by no more than R.
 
     Reference: Foret et al. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
     """
@@ -250,13 +269,14 @@ def ascended(
     unit = torch.where(usable, norm, 1)
     with restored(parameters, rewritten) as originals:
         # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
-        displace(parameters, originals, gradients, torch.where(usable, torch.full_like(norm, rho), 0), unit)
+        radius = torch.full_like(norm, rho) if rise is None else (rise.to(norm) / unit).clamp(max=rho)
+        displace(parameters, originals, gradients, torch.where(usable, radius, 0), unit)
         moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
         gradients.clear()
+        pairs = [pair for i in moving for pair in parts_of(parameters[i].parameter, originals[i])]
         norms = []
-        for lot in lots([originals[i] for i in moving]):
-            chosen = [moving[i] for i in lot]
-            difference = joined(parameters[i].parameter for i in chosen) - joined(originals[i] for i in chosen)
-            norms.append(tensor_norm(difference))
+        for lot in lots([original for _, original in pairs]):
+            now, before = zip(*(pairs[i] for i in lot))
+            norms.append(tensor_norm(joined(now) - joined(before)))
         moved = norm_of_norms(norms)
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

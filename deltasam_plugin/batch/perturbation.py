@@ -40,12 +40,13 @@ class BatchPerturbation:
     Args:
         parameters: what is perturbed.
         leaves: every parameter that the ascent's backward pass may reach; their ``.grad`` is kept free of it. None if
-            the caller does not know them: then `parameters`, and what the graph shows. It does not show what lies
-            behind activation checkpointing.
+            the caller does not know them: then `parameters`, `held`, and what the graph shows. It does not show what
+            lies behind activation checkpointing.
         settings: validated settings.
         step: the caller's count of steps. Makes probes differ from step to step if nothing draws random numbers.
         workers: those that share one perturbation; by default this one alone.
         checks: of the run; by default none are made.
+        held: further parameters of the optimizer.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class BatchPerturbation:
         step: int = 0,
         workers: Workers = NO_SYNC,
         checks: Checks | None = None,
+        held: Sequence[Tensor] = (),
     ) -> None:
         self._parameters = parameters
+        self._held = held
         self._leaves = leaves
         self._settings = settings
         self._step = step
@@ -96,7 +99,9 @@ class BatchPerturbation:
                 self._checks.lost((lost >= 1) & (scale != 0))
             gradients = self._ascent_gradients(objective, own_weights / uniform, scale)
             del objective  # frees what is left of the first graph
-            with ascended(self._parameters, gradients, self._settings.rho, rewritten) as ascent:
+            budget = self._settings.loss_budget
+            rise = None if budget is None else budget * scale.abs() / uniform
+            with ascended(self._parameters, gradients, self._settings.radius, rewritten, rise) as ascent:
                 norm = ascent.gradient_norm * uniform / scale.abs()
                 statistics.fill(
                     ess=effective_sample_size(all_weights),
@@ -168,7 +173,7 @@ class BatchPerturbation:
                 ascended_loss = ascended_loss + relative.mean().to(losses.dtype) * objective.shared
         leaves = self._leaves
         if leaves is None:
-            leaves = [*(p.parameter for p in self._parameters), *leaves_of(ascended_loss)]
+            leaves = [*(p.parameter for p in self._parameters), *self._held, *leaves_of(ascended_loss)]
         with stashed_gradients(leaves):
             ascended_loss.backward(scale.to(ascended_loss.dtype))
             gradients = [p.parameter.grad for p in self._parameters]

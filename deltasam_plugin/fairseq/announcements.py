@@ -32,11 +32,13 @@ def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor]
         perturbed: the trained parameters.
         uncovered: those of them that instance mode leaves unperturbed.
     """
-    mode: dict[str, Any] = {"rho": settings.rho, "perturbation": settings.perturbation}
+    mode: dict[str, Any] = {"rho": settings.radius, "perturbation": settings.perturbation}
     if settings.perturbation == "batch":
         mode["weighting"] = settings.weighting
         if WEIGHTINGS[settings.weighting].measure is not None:
             mode["probes"] = settings.probes
+    given = {"parameters": settings.parameters, "loss_budget": settings.loss_budget}
+    mode |= {name: value for name, value in given.items() if value is not None}
     total, left_out = (sum(parameter.numel() for parameter in group) for group in (perturbed, uncovered))
     count = f"{total - left_out:,} parameters perturbed"
     if settings.perturbation == "instance":
@@ -69,10 +71,10 @@ def warn_of_half_precision(parameters: Sequence[PerturbedParameter], settings: S
         )
     without_master = [p.parameter for p in parameters if p.master is None and p.parameter.dtype == dtype]
     if without_master:
-        step, size, distance = spacing(without_master, settings.rho)
+        step, size, distance = spacing(without_master, settings.radius)
         logger.warning(
-            f"δ-SAM: in {name} without fp32 master weights a perturbation of rho={settings.rho} is {step:.1e} per "
+            f"δ-SAM: in {name} without fp32 master weights a perturbation of rho={settings.radius} is {step:.1e} per "
             f"parameter, and the spacing of numbers is about {distance:.1e} (at their root mean square, {size:.1e}). "
-            f"sam_eps_norm shows what rounding loses: it should be {settings.rho}. To lose nothing, use --fp16 "
+            f"sam_eps_norm shows what rounding loses: it should be {settings.radius}. To lose nothing, use --fp16 "
             "without --memory-efficient-fp16, or --amp."
         )

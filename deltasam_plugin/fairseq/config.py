@@ -1,18 +1,23 @@
 """δ-SAM's own options, with the help texts that ``fairseq-train --help`` shows."""
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from fairseq.dataclass import FairseqDataclass
 
 from deltasam_plugin.batch.weighting import WEIGHTINGS
-from deltasam_plugin.settings import PERTURBATIONS, Settings
+from deltasam_plugin.settings import DEFAULT_RHO, PERTURBATIONS, Settings
 
 
 @dataclass
 class DeltaSAMOptimizerConfig(FairseqDataclass):
     base_optimizer: str = field(default="adam", metadata={"help": "optimizer that takes the step, by its fairseq name"})
-    sam_rho: float = field(
-        default=Settings.rho, metadata={"help": "radius of the perturbation: L2 norm in parameter space"}
+    sam_rho: Optional[float] = field(  # noqa: UP045  # fairseq does not know float | None
+        default=None,
+        metadata={
+            "help": "radius of the perturbation: L2 norm in parameter space; by default "
+            + ", ".join(f"{rho} for {mode}" for mode, rho in DEFAULT_RHO.items())
+        },
     )
     sam_weighting: str = field(
         default=Settings.weighting,
@@ -33,6 +38,14 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
     sam_sync: bool = field(
         default=Settings.sync,
         metadata={"help": "one perturbation common to all data-parallel workers, instead of one for each"},
+    )
+    sam_parameters: Optional[str] = field(  # noqa: UP045  # fairseq does not know str | None
+        default=None,
+        metadata={"help": "regular expression: only parameters in whose name it is found are perturbed; default: all"},
+    )
+    sam_loss_budget: Optional[float] = field(  # noqa: UP045  # fairseq does not know float | None
+        default=None,
+        metadata={"help": "by how much the loss of a sample may rise, in nats: shortens the radius; default: none"},
     )
 
 

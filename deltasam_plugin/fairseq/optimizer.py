@@ -8,6 +8,7 @@ of the base optimizer, and the other way round.
 import logging
 import weakref
 from argparse import ArgumentParser
+from dataclasses import fields
 from itertools import chain
 from typing import Any
 
@@ -25,7 +26,7 @@ from deltasam_plugin.fairseq.config import DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.errors import Unsupported, one_message
 from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters
 from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
-from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         self.backward_passes.check_step()
         if not self._announced:
-            uncovered = chain(*(perturbations.uncovered for _, perturbations in self._perturbations.values()))
-            logger.info(start_line(self.names, self.settings, self.parameters.perturbed, uncovered))
+            every = [perturbations for _, perturbations in self._perturbations.values()]
+            perturbed, uncovered = (
+                dict.fromkeys(chain(*groups))
+                for groups in ([p.parameters for p in every], [p.uncovered for p in every])
+            )
+            logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
 
@@ -86,9 +91,11 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             perturbed = {item.parameter: item for item in parameters}
             every = named_parameters(*modules)
             named = {name: perturbed[parameter] for name, parameter in every if parameter in perturbed}
+            with one_message():
+                named = chosen_parameters(named, self.settings)
             checks = None if perturbations is None else perturbations.checks
             leaves = [parameter for _, parameter in every]
-            perturbations = Perturbations(named, self.settings, leaves, self.workers, checks)
+            perturbations = Perturbations(named, self.settings, leaves, workers=self.workers, checks=checks)
             self._perturbations[modules] = parameters, perturbations
         return perturbations
 
@@ -128,9 +135,7 @@ class FairseqDeltaSAM(FairseqOptimizer):
         global _latest
         root = cfg._get_root()
         with one_message():
-            settings = Settings(
-                cfg.sam_rho, cfg.sam_weighting, cfg.sam_probes, cfg.sam_probe_scale, cfg.sam_perturbation, cfg.sam_sync
-            )
+            settings = Settings(**{item.name: cfg[f"sam_{item.name}"] for item in fields(Settings)})
             refuse_unsupported(root)
             name, base, base_cfg = OPTIONS.base_config(cfg)
         params = list(params)

@@ -48,12 +48,6 @@ class TrainedParameters:
             self._lists[modules] = key, [PerturbedParameter(p, copies[p], id(p) in rewritten) for p in trained]
         return self._lists[modules][1]
 
-    @property
-    def perturbed(self) -> list[Tensor]:
-        """The parameters that were perturbed so far, each once."""
-        items = chain(*(items for _, items in self._lists.values()))
-        return list({item.parameter: None for item in items})
-
 
 def named_parameters(model: nn.Module, criterion: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of model and criterion, each once, under different names."""

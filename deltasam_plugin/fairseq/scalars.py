@@ -26,7 +26,7 @@ SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEAN
 
 def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
-    if settings.perturbation == "instance" and settings.rho > 0:
+    if settings.perturbation == "instance" and settings.radius > 0:
         return OF_PROBES
     return {"ascent_gnorm_std"} | (OF_PROBES if WEIGHTINGS[settings.weighting].measure is None else set())
 

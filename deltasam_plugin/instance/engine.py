@@ -65,6 +65,7 @@ class InstanceEngine:
     Args:
         parameters: a module, or its parameters by name. Those that require a gradient are perturbed.
         rho: radius, L2 norm in parameter space.
+        loss_budget: C; shortens the radius to :math:`\min(\rho, C/\|g_i\|)`.
 
     Example:
         >>> engine = InstanceEngine(model, rho=0.05)
@@ -75,13 +76,18 @@ class InstanceEngine:
         ...     F.cross_entropy(model(x), y, reduction="sum").backward()  # the caller replays random numbers
     """
 
-    def __init__(self, parameters: nn.Module | Iterable[tuple[str, nn.Parameter]], rho: float) -> None:
+    def __init__(
+        self,
+        parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        rho: float,
+        loss_budget: float | None = None,
+    ) -> None:
         if not (math.isfinite(rho) and rho >= 0):
             raise ValueError(f"Invalid rho={rho}. Must be finite and >= 0.")
         named = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
         if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
             raise ValueError(f"Several parameters of the same name: {', '.join(twice)}. Must be unique: add a prefix.")
-        self.rho = rho
+        self.rho, self.loss_budget = rho, loss_budget
         self._parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._coverage = Coverage(self._parameters)
         self._ownership = Ownership()
@@ -154,7 +160,8 @@ class InstanceEngine:
             del found, calls, gradients, true
             per_sample = _accumulated(work)
             self._coverage.warn()
-            return Solution(per_sample.perturbation(losses.detach(), self.rho), planned, bool(scaled))
+            rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget
+            return Solution(per_sample.perturbation(losses.detach(), self.rho, rise), planned, bool(scaled))
 
     def _is_to_be_checked(self) -> bool:
         """Whether rows and coverage are compared with autograd in this batch, though nothing new was seen."""

@@ -180,16 +180,18 @@ def contract(gradient: Tensor, left: Tensor) -> Tensor:
     return at_least_float32(gradient.gather(2, left.unsqueeze(1).expand(-1, gradient.shape[1], -1)))
 
 
-def step_sizes(squared_norms: Tensor, rho: float) -> tuple[Tensor, Tensor]:
-    r"""Norms and :math:`s_i = \rho / \|g_i\|`, which is 0 where the norm is zero or not finite.
+def step_sizes(squared_norms: Tensor, rho: float, rise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""Norms and :math:`s_i = \min(\rho, R/\|g_i\|) / \|g_i\|`, which is 0 where the norm is zero or not finite.
 
     Args:
         squared_norms: (B,).
         rho: radius, L2 norm in parameter space.
+        rise: R, one element, by which to first order each loss rises at most; None for no such limit.
 
     Returns:
         Norms (B,) and steps (B,).
     """
     norms = squared_norms.clamp(min=0).sqrt()
-    steps = rho / norms
+    radii = torch.full_like(norms, rho) if rise is None else (rise / norms).clamp(max=rho)
+    steps = radii / norms
     return norms, torch.where(torch.isfinite(steps), steps, torch.zeros_like(steps))

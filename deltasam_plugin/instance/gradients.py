@@ -120,10 +120,15 @@ class PerSampleGradients:
         small = [self.formed[part].flatten(1) for part in self._small()]
         return torch.cat(small, dim=1) if small else None
 
-    def perturbation(self, losses: Tensor, rho: float) -> PerSamplePerturbation:
-        """The perturbation of length rho along each sample's gradient, where that has a direction. Spends `self`."""
+    def perturbation(self, losses: Tensor, rho: float, rise: Tensor | None = None) -> PerSamplePerturbation:
+        """The perturbation along each sample's gradient, where that has a direction. Spends `self`.
+
+        Args:
+            losses: (B,).
+            rho, rise: as for :func:`~deltasam_plugin.instance.factored.step_sizes`.
+        """
         joined = self._joined()
-        norms, steps = step_sizes(self._squared_norms(losses, joined), rho)
+        norms, steps = step_sizes(self._squared_norms(losses, joined), rho, rise)
         finite = torch.isfinite(norms)
         # A GPU is not waited for. There such a sample makes the whole gradient non-finite, as it does at w itself.
         if not norms.is_cuda and not bool(finite.all()):

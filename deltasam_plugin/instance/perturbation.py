@@ -62,14 +62,14 @@ class InstancePerturbation:
                 if solution.checked:
                     self._engine.refuse_mixed_values(solution, at_w, replay)
             norms, steps = solution.perturbation.norms, solution.perturbation.steps
-            moved = steps > 0
+            moved, budget = steps > 0, self._engine.loss_budget is not None
             norms_at_w = torch.where(moved, norms / scale.abs(), 0)
             statistics.fill(
                 ess=norms.new_ones(()),
                 weight_max=norms.new_ones(()),
                 ascent_gnorm=norms_at_w.mean(),
                 ascent_gnorm_std=norms_at_w.std(correction=0),
-                eps_norm=self._engine.rho * moved.any(),
+                eps_norm=(steps * norms).sum() / moved.sum().clamp(min=1) if budget else self._engine.rho * moved.any(),
                 skipped=~moved.any(),
             )
             overflowed = ~torch.isfinite(norms).all()

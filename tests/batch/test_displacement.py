@@ -250,8 +250,8 @@ def test_the_number_of_kernels_does_not_depend_on_the_number_of_parameters(dtype
 
 def test_more_elements_than_are_joined_move_as_few_do(monkeypatch):
     moved = []
-    for size in (displacement.JOINED, 5):
-        monkeypatch.setattr(displacement, "JOINED", size)
+    for size in (100, 5):
+        monkeypatch.setattr(displacement, "lot_size", lambda device, size=size: size)
         parameters = [parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(4)]
         gradients = [torch.linspace(k, 5, 12).view(3, 4) for k in range(4)]
         with ascended([*map(PerturbedParameter, parameters)], gradients, 0.5) as ascent:

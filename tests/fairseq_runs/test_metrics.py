@@ -45,6 +45,14 @@ LINES = {
     "kl": (["--sam-weighting", "kl"], "perturbation=batch, weighting=kl, probes=1, 139,008 parameters perturbed"),
     "uniform": (["--sam-weighting", "uniform"], "perturbation=batch, weighting=uniform, 139,008 parameters perturbed"),
     "instance": (INSTANCE, "perturbation=instance, 139,008 parameters perturbed, 0 (0.00%) not covered"),
+    "normalization": (
+        ["--sam-weighting", "uniform", "--sam-parameters", "layer_norm"],
+        "perturbation=batch, weighting=uniform, parameters=layer_norm, 1,280 parameters perturbed",
+    ),
+    "instances within a budget": (
+        [*INSTANCE, "--sam-parameters", "decoder", "--sam-loss-budget", 0.1],
+        "perturbation=instance, parameters=decoder, loss_budget=0.1, 1 parameters perturbed, 0 (0.00%) not covered",
+    ),
 }
 
 

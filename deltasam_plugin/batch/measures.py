@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from deltasam_plugin.batch.displacement import lot_size
 from deltasam_plugin.loss import Logits, Objective
 from deltasam_plugin.precision import at_least_float32
 
@@ -100,19 +101,22 @@ def logit_change(moved: Tensor, center: Logits, batch: int) -> Tensor:
     Returns:
         D, shape (B,), double precision.
     """
-    values = at_least_float32(center.values.detach())
-    return _spread(at_least_float32(moved.detach()) - values, values.softmax(dim=-1), center, batch)
+    # In parts: on a CPU as the cache holds them, and elsewhere to take little memory.
+    rows = max(1, 4 * lot_size(moved.device) // max(1, moved.size(1)))
+    parts = zip(moved.detach().split(rows), center.values.detach().split(rows), strict=True)
+    variances = torch.cat([_variances(at_least_float32(z), at_least_float32(at_w)) for z, at_w in parts])
+    if center.counted is not None:
+        variances = torch.where(center.counted, variances, 0)
+    total = torch.zeros(batch, dtype=torch.double, device=moved.device)
+    return total.index_add(0, center.samples, variances).sqrt()
 
 
-def _spread(values: Tensor, probabilities: Tensor, rows: Logits, batch: int) -> Tensor:
+def _variances(moved: Tensor, center: Tensor) -> Tensor:
+    probabilities = center.softmax(dim=-1)
     # Where the probability is zero, minus infinity less minus infinity must not count.
-    values = torch.where(probabilities > 0, values, 0)
-    mean = (probabilities * values).sum(dim=-1, keepdim=True)
-    variances = (probabilities * (values - mean).square()).sum(dim=-1).double()
-    if rows.counted is not None:
-        variances = torch.where(rows.counted, variances, 0)
-    total = torch.zeros(batch, dtype=torch.double, device=values.device)
-    return total.index_add(0, rows.samples, variances).sqrt()
+    change = torch.where(probabilities > 0, moved - center, 0)
+    change -= (probabilities * change).sum(dim=-1, keepdim=True)
+    return (probabilities * change.square_()).sum(dim=-1).double()
 
 
 def rounding_floor(displaced: Sequence[Tensor], center: Tensor, eps: float) -> Tensor:

@@ -26,8 +26,9 @@ HERE = Path(__file__).resolve().parent
 SIZES = ("width", "tokens", "batch")
 LABELS = {"tokens": "tokens per sentence", "batch": "sentences per batch"}
 UNIT = "SAM"
-NAMES = {"SAM": "SAM, uniform weights", "instance": "instance, exact", "loop": "loop over the samples"}
-COLORS = dict(zip(("Adam", UNIT, "SAM of pytorch_optimizer", "δ-SAM", "instance", "loop"), pyplot.cm.tab10.colors))
+NAMES = {"SAM": "SAM, uniform weights", "δ-SAM": "δ-SAM, curvature", "instance": "instance, exact"}
+METHODS = ("Adam", UNIT, "SAM of pytorch_optimizer", "δ-SAM", "instance", "δ-SAM, kl")
+COLORS = dict(zip(METHODS, pyplot.cm.tab10.colors))
 SAMPLES, DESCENT = ("#1b9e77", "#d95f02", "#7570b3"), "#444444"
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
@@ -18,7 +19,7 @@ from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
 
-STEP = "delta_sam_step"
+STEP, FIRST_LR = "delta_sam_step", "delta_sam_first_lr"  # in the first parameter group
 
 
 class DeltaSAM(Optimizer):
@@ -44,6 +45,9 @@ class DeltaSAM(Optimizer):
         parameters: regular expression; only parameters in whose name it is found are perturbed. Needs named parameters:
             ``DeltaSAM(model.named_parameters(), ...)``, with torch 2.6 and newer.
         loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
+        interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
+        warmup_updates: the radius grows linearly over so many steps.
+        rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up.
         **base_options: options of the base optimizer, by their own names.
 
     Raises:
@@ -68,6 +72,9 @@ class DeltaSAM(Optimizer):
         perturbation: str = Settings.perturbation,
         parameters: str | None = None,
         loss_budget: float | None = None,
+        interval: int = Settings.interval,
+        warmup_updates: int = Settings.warmup_updates,
+        rho_schedule: str = Settings.rho_schedule,
         **base_options: Any,
     ) -> None:
         # Deliberately without super().__init__(): the only state is the base optimizer's.
@@ -79,6 +86,9 @@ class DeltaSAM(Optimizer):
             perturbation,
             parameters=parameters,
             loss_budget=loss_budget,
+            interval=interval,
+            warmup_updates=warmup_updates,
+            rho_schedule=rho_schedule,
         )
         if not callable(base_optimizer):
             raise ValueError(f"Invalid base_optimizer={base_optimizer!r}. Must be a class, e.g. torch.optim.AdamW.")
@@ -154,7 +164,8 @@ class DeltaSAM(Optimizer):
                 time.
 
         Returns:
-            The mean of the losses at w, detached. ``self.statistics`` holds what else was measured.
+            The mean of the losses at w, detached. ``self.statistics`` holds what else was measured; it is None after a
+            step that was not sharpness-aware.
 
         Raises:
             ValueError: there is no closure, it did not return one loss per sample, the weighting needs logits that it
@@ -176,14 +187,26 @@ class DeltaSAM(Optimizer):
         self.zero_grad()
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
-            loss, self.statistics = sharpness_aware_loss(
-                first, lambda: objective_of(closure()).loss, perturbations.of_batch(step), perturbations.devices
-            )
+            if schedule.perturbs(self.settings, step):
+                perturbation = perturbations.of_batch(step, schedule.radius(self.settings, step, self._relative_lr()))
+                loss, self.statistics = sharpness_aware_loss(
+                    first, lambda: objective_of(closure()).loss, perturbation, perturbations.devices
+                )
+            else:
+                loss, self.statistics = first().loss, None
             with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
                 loss.backward()
         self.base_optimizer.step()
         group[STEP] = step + 1
         return loss.detach()
+
+    def _relative_lr(self) -> float:
+        """The first group's learning rate as a fraction of the scheduler's base, or of the first step's."""
+        group = self.param_groups[0]
+        if self.settings.rho_schedule != "lr":
+            return 1.0
+        start = group.get("initial_lr", group.setdefault(FIRST_LR, group["lr"]))
+        return float(group["lr"]) / float(start) if start else 1.0
 
     def _refuse_static_graph(self, module: nn.Module) -> None:
         static = isinstance(module, DistributedDataParallel) and module.static_graph

@@ -95,15 +95,17 @@ class Perturbations:
         """Whether these were made for the parameters `held`, and for `settings`."""
         return settings == self._settings and [*map(id, held)] == [*map(id, self._held)]
 
-    def of_batch(self, step: int = 0) -> Perturbation:
+    def of_batch(self, step: int = 0, rho: float | None = None) -> Perturbation:
         """The perturbation of one (micro-)batch.
 
         Args:
             step: the caller's count of steps, if it has one.
+            rho: its radius, by default that of the settings.
         """
+        rho = self._settings.radius if rho is None else rho
         self.checks.next_batch()
         if self._engine is not None:
-            return InstancePerturbation(self._engine, self.checks)
+            return InstancePerturbation(self._engine, self.checks, rho)
         return BatchPerturbation(
-            self._parameters, self._leaves, self._settings, step, self._workers, self.checks, self._held
+            self._parameters, self._leaves, self._settings, step, self._workers, self.checks, self._held, rho
         )

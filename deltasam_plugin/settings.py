@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 
 PERTURBATIONS = ("batch", "instance")
+SCHEDULES = ("constant", "lr")
 # Samples of a batch cancel out in its gradient, and in instance mode they do not: the loss rises more at one radius.
 DEFAULT_RHO = {"batch": 0.05, "instance": 0.01}
 
@@ -33,6 +34,9 @@ class Settings:
             counted; by default all are.
         loss_budget: C > 0, in nats a sample. The radius is at most :math:`C/\|g\|`, so that to first order the mean
             loss of the samples rises by no more than C; for instances the loss of each. By default there is no budget.
+        interval: N >= 1. Every N-th update is sharpness-aware; those between are the base optimizer's own.
+        warmup_updates: N >= 0. The radius grows linearly over the first N updates.
+        rho_schedule: ``constant``; or ``lr``, proportional to the learning rate after the warm-up.
 
     Reference: for the budget, arXiv 2605.10183 (LE-SAM).
 
@@ -48,6 +52,9 @@ class Settings:
     sync: bool = False
     parameters: str | None = None
     loss_budget: float | None = None
+    interval: int = 1
+    warmup_updates: int = 0
+    rho_schedule: str = "constant"
 
     def __post_init__(self) -> None:
         if self.perturbation not in PERTURBATIONS:
@@ -77,6 +84,15 @@ class Settings:
                 f"Invalid probe_scale={self.probe_scale!r} (--sam-probe-scale). Must be a fraction of the norm of the "
                 "weights, between 0 and 1 exclusive; 0.01 is the default."
             )
+        for name, flag, least in (("interval", "interval", 1), ("warmup_updates", "warmup-updates", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Invalid {name}={value!r} (--sam-{flag}). Must be an integer >= {least}.")
+        if self.rho_schedule not in SCHEDULES:
+            raise ValueError(
+                f"Unknown rho_schedule={self.rho_schedule!r} (--sam-rho-schedule). "
+                f"Choose one of: {', '.join(SCHEDULES)}."
+            )
         if self.parameters is not None:
             try:
                 re.compile(self.parameters)
@@ -95,6 +111,11 @@ class Settings:
     def radius(self) -> float:
         """rho, given or by default."""
         return DEFAULT_RHO[self.perturbation] if self.rho is None else self.rho
+
+    @property
+    def rho_varies(self) -> bool:
+        """Whether the radius is not the same in all updates."""
+        return self.warmup_updates > 0 or self.rho_schedule != "constant"
 
     def perturbs(self, name: str) -> bool:
         """Whether the parameter of this name is to be perturbed."""

@@ -290,7 +290,7 @@ def test_options_and_their_defaults() -> None:
 
 def test_scalars() -> None:
     listed = {row["scalar"].strip("`") for row in rows(README, "scalar")}
-    assert listed == {"loss", *(f"sam_{item.name}" for item in fields(Statistics))}
+    assert listed == {"loss", "sam_rho", *(f"sam_{item.name}" for item in fields(Statistics))}
     assert set(re.findall(r"`(sam_\w+)`", README)) <= listed
 
 

@@ -47,6 +47,7 @@ class BatchPerturbation:
         workers: those that share one perturbation; by default this one alone.
         checks: of the run; by default none are made.
         held: further parameters of the optimizer.
+        rho: radius, by default that of the settings.
     """
 
     def __init__(
@@ -58,7 +59,9 @@ class BatchPerturbation:
         workers: Workers = NO_SYNC,
         checks: Checks | None = None,
         held: Sequence[Tensor] = (),
+        rho: float | None = None,
     ) -> None:
+        self._rho = settings.radius if rho is None else rho
         self._parameters = parameters
         self._held = held
         self._leaves = leaves
@@ -101,7 +104,7 @@ class BatchPerturbation:
             del objective  # frees what is left of the first graph
             budget = self._settings.loss_budget
             rise = None if budget is None else budget * scale.abs() / uniform
-            with ascended(self._parameters, gradients, self._settings.radius, rewritten, rise) as ascent:
+            with ascended(self._parameters, gradients, self._rho, rewritten, rise) as ascent:
                 norm = ascent.gradient_norm * uniform / scale.abs()
                 statistics.fill(
                     ess=effective_sample_size(all_weights),

@@ -26,9 +26,14 @@ class BackwardPasses:
         self._names = names
         self._ready = False  # whether a sharpness-aware backward pass has run since the last step
         self._inside = False  # whether one is running
+        self._plain = False  # whether this update needs none
         self._first_update = True
         self._hooks: dict[int, RemovableHandle] = {}
         self._foreign: dict[str, None] = {}
+
+    def skip(self) -> None:
+        """This update is a plain one of the base optimizer."""
+        self._ready = self._plain = True
 
     @contextmanager
     def forward_pass(self) -> Iterator[None]:
@@ -78,7 +83,8 @@ class BackwardPasses:
                 f"Task {task!r} adds loss terms outside the criterion, where δ-SAM does not see them: they gave "
                 f"gradients to {len(self._foreign)} parameters ({listed}). {remedy}"
             )
-        self._ready = self._first_update = False
+        self._first_update = self._first_update and self._plain
+        self._ready = self._plain = False
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()

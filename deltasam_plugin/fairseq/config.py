@@ -6,7 +6,7 @@ from typing import Optional
 from fairseq.dataclass import FairseqDataclass
 
 from deltasam_plugin.batch.weighting import WEIGHTINGS
-from deltasam_plugin.settings import DEFAULT_RHO, PERTURBATIONS, Settings
+from deltasam_plugin.settings import DEFAULT_RHO, PERTURBATIONS, SCHEDULES, Settings
 
 
 @dataclass
@@ -46,6 +46,16 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
     sam_loss_budget: Optional[float] = field(  # noqa: UP045  # fairseq does not know float | None
         default=None,
         metadata={"help": "by how much the loss of a sample may rise, in nats: shortens the radius; default: none"},
+    )
+    sam_interval: int = field(
+        default=Settings.interval, metadata={"help": "every N-th update is sharpness-aware, plain ones are between"}
+    )
+    sam_warmup_updates: int = field(
+        default=Settings.warmup_updates, metadata={"help": "the radius grows linearly over so many updates"}
+    )
+    sam_rho_schedule: str = field(
+        default=Settings.rho_schedule,
+        metadata={"help": f"{', '.join(SCHEDULES)}: whether the radius follows the learning rate after the warm-up"},
     )
 
 

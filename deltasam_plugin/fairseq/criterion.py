@@ -54,6 +54,9 @@ class SharpnessAwareCriterion(FairseqCriterion):
         if not (self.training and torch.is_grad_enabled()):
             return forward(model, sample, *args, **kwargs)
         optimizer = active_optimizer()
+        if not optimizer.perturbs:
+            optimizer.backward_passes.skip()
+            return forward(model, sample, *args, **kwargs)
         inner = unwrapped(model)  # the ascent must not start a distributed wrapper's exchange of gradients
         results: list[tuple[Any, dict[str, Any]]] = []
 
@@ -88,12 +91,11 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
         with optimizer.backward_passes.forward_pass():
             perturbations = optimizer.perturbations(inner, self)
-            loss, statistics = sharpness_aware_loss(
-                first, second, perturbations.of_batch(), perturbations.devices, partial(one_message, (Refused,))
-            )
+            perturbation, errors = perturbations.of_batch(rho=optimizer.rho), partial(one_message, (Refused,))
+            loss, statistics = sharpness_aware_loss(first, second, perturbation, perturbations.devices, errors)
         optimizer.backward_passes.follow(loss, named_parameters(inner, self))
         sample_size, logging_output = results[0]
-        logging_output.update(log_entries(statistics, optimizer.settings))
+        logging_output.update(log_entries(statistics, optimizer.settings, optimizer.rho))
         return loss, sample_size, logging_output
 
     @classmethod

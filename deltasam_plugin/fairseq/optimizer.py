@@ -12,11 +12,13 @@ from dataclasses import fields
 from itertools import chain
 from typing import Any
 
+import torch
 from fairseq.distributed.utils import get_data_parallel_group, get_data_parallel_world_size
 from fairseq.optim import FairseqOptimizer, register_optimizer
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
+from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
@@ -59,6 +61,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     names: TrainedBy
     parameters: TrainedParameters
     backward_passes: BackwardPasses
+    seed: int
+    peak_lr: float
     _warned: bool = False
     _announced: bool = False
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
@@ -79,6 +83,26 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
+
+    @property
+    def updates(self) -> int:
+        """The number of updates before this one, in a resumed run too.
+
+        fairseq's trainer tells an optimizer nothing of it. But it seeds torch with seed + updates before each update.
+        """
+        return torch.initial_seed() - self.seed
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether this update is sharpness-aware."""
+        return self.settings.interval == 1 or schedule.perturbs(self.settings, self.updates)
+
+    @property
+    def rho(self) -> float:
+        """The radius in this update."""
+        if not self.settings.rho_varies:
+            return self.settings.radius
+        return schedule.radius(self.settings, self.updates, self.get_lr() / self.peak_lr)
 
     def perturbations(self, *modules: nn.Module) -> Perturbations:
         """The perturbations of model and criterion, made anew when other parameters are trained."""
@@ -141,6 +165,8 @@ class FairseqDeltaSAM(FairseqOptimizer):
         params = list(params)
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
+        optimizer.seed = option(root, "common", "seed") or 0
+        optimizer.peak_lr = max(option(root, "optimization", "lr") or [1.0])
         task, criterion = option(root, "task", "_name"), option(root, "criterion", "base_criterion")
         optimizer.names = TrainedBy(task, criterion, name)
         optimizer.backward_passes = BackwardPasses(optimizer.names)

@@ -20,7 +20,7 @@ SIZE = "sample_size"
 HIDDEN = "_"  # fairseq does not show what begins with it
 OF_PROBES = {"ess", "weight_max", "probes_failed", "probes_lost"}
 # Over micro-batches and workers.
-MEANS = ("ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm", "probes_lost")
+MEANS = ("rho", "ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_norm", "probes_lost")
 SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEANS, "sharpness"))
 
 
@@ -31,10 +31,11 @@ def constant_scalars(settings: Settings) -> set[str]:
     return {"ascent_gnorm_std"} | (OF_PROBES if WEIGHTINGS[settings.weighting].measure is None else set())
 
 
-def log_entries(statistics: Statistics, settings: Settings) -> dict[str, Any]:
+def log_entries(statistics: Statistics, settings: Settings, rho: float) -> dict[str, Any]:
     """What the criterion adds to its logging output for one micro-batch: tensors, which backward fills in later."""
     names = [item.name for item in fields(Statistics) if item.name not in constant_scalars(settings)]
-    return {BATCHES: 1, **{PREFIX + name: getattr(statistics, name) for name in names}}
+    varying = {PREFIX + "rho": rho} if settings.rho_varies else {}
+    return {BATCHES: 1, **varying, **{PREFIX + name: getattr(statistics, name) for name in names}}
 
 
 def log_scalars(logging_outputs: list[dict[str, Any]]) -> None:
@@ -67,6 +68,9 @@ def _total(values: list[Any]) -> Any:
 
 
 def _mean(name: str, meters: Any) -> Any:
-    """The mean of what was logged, to six decimals: a tensor on its device."""
-    mean = torch.as_tensor(meters[HIDDEN + name].sum / meters[HIDDEN + name + "_count"].sum, dtype=torch.double)
+    """The mean of what was logged, to six decimals: a tensor on its device. None if no update was sharpness-aware."""
+    count = meters[HIDDEN + name + "_count"].sum
+    if not torch.is_tensor(count) and count == 0:
+        return None
+    mean = torch.as_tensor(meters[HIDDEN + name].sum / count, dtype=torch.double)
     return mean.round(decimals=6)

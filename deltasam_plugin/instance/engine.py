@@ -116,7 +116,7 @@ class InstanceEngine:
         with tape.running():
             yield tape
 
-    def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0) -> Solution:
+    def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0, rho: float | None = None) -> Solution:
         r"""Find every sample's perturbation in one backward pass, which reaches no parameter and no ``.grad``.
 
         First batches and a few later ones take more: see ``ownership`` and ``coverage``.
@@ -126,6 +126,7 @@ class InstanceEngine:
             losses: per-sample losses with graph, (B,).
             scale: factor on the losses during this pass, against underflow in half precision. The perturbation does
                 not depend on it; ``norms`` are those of the scaled losses.
+            rho: radius of this batch, by default the engine's.
 
         Raises:
             ValueError: losses are not of shape (B,).
@@ -161,7 +162,8 @@ class InstanceEngine:
             per_sample = _accumulated(work)
             self._coverage.warn()
             rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget
-            return Solution(per_sample.perturbation(losses.detach(), self.rho, rise), planned, bool(scaled))
+            perturbation = per_sample.perturbation(losses.detach(), self.rho if rho is None else rho, rise)
+            return Solution(perturbation, planned, bool(scaled))
 
     def _is_to_be_checked(self) -> bool:
         """Whether rows and coverage are compared with autograd in this batch, though nothing new was seen."""

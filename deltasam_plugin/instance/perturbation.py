@@ -22,10 +22,12 @@ class InstancePerturbation:
     Args:
         engine: of the model, kept from batch to batch.
         checks: of the run; by default none are made.
+        rho: radius, by default the engine's.
     """
 
-    def __init__(self, engine: InstanceEngine, checks: Checks | None = None) -> None:
+    def __init__(self, engine: InstanceEngine, checks: Checks | None = None, rho: float | None = None) -> None:
         self._engine = engine
+        self._rho = engine.rho if rho is None else rho
         self._checks = checks
 
     def first_pass(self, forward: Callable[[], Objective], conditions: Conditions) -> tuple[Tensor, Ascend]:
@@ -56,7 +58,7 @@ class InstancePerturbation:
         def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
             nonlocal tape, losses
             with torch.enable_grad():
-                solution = self._engine.solve(tape, losses, scale)
+                solution = self._engine.solve(tape, losses, scale, self._rho)
                 at_w = losses.detach()
                 del tape, losses  # frees what is left of the first graph
                 if solution.checked:
@@ -69,7 +71,7 @@ class InstancePerturbation:
                 weight_max=norms.new_ones(()),
                 ascent_gnorm=norms_at_w.mean(),
                 ascent_gnorm_std=norms_at_w.std(correction=0),
-                eps_norm=(steps * norms).sum() / moved.sum().clamp(min=1) if budget else self._engine.rho * moved.any(),
+                eps_norm=(steps * norms).sum() / moved.sum().clamp(min=1) if budget else self._rho * moved.any(),
                 skipped=~moved.any(),
             )
             overflowed = ~torch.isfinite(norms).all()

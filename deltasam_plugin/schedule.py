@@ -1,0 +1,33 @@
+"""When parameters are perturbed, and how far: functions of the update, which a resumed run continues."""
+
+from __future__ import annotations
+
+from deltasam_plugin.settings import Settings
+
+
+def perturbs(settings: Settings, update: int) -> bool:
+    """Whether this update is sharpness-aware.
+
+    Args:
+        settings: validated settings.
+        update: number of updates before it.
+    """
+    return update % settings.interval == 0
+
+
+def radius(settings: Settings, update: int, relative_lr: float) -> float:
+    r"""The radius of an update, :math:`\rho\,\min(1, (t + 1)/N)` with N updates of warm-up.
+
+    With the schedule ``lr`` it is :math:`\rho` times the relative learning rate after the warm-up.
+
+    Args:
+        settings: validated settings.
+        update: t, number of updates before it.
+        relative_lr: the learning rate as a fraction of its greatest.
+
+    Returns:
+        The radius, L2 norm in parameter space.
+    """
+    if update < settings.warmup_updates:
+        return settings.radius * (update + 1) / settings.warmup_updates
+    return settings.radius * (relative_lr if settings.rho_schedule == "lr" else 1.0)

@@ -264,7 +264,7 @@ def test_a_criterion_of_the_users_own(tmp_path: Path, tmp_path_factory: pytest.T
         trained = typed(data, user_dir, tmp_path / name, *options, *changed)
         assert trained.returncode == 0, trained.stderr
         checkpoints[name] = torch.load(tmp_path / name / "checkpoint_last.pt")
-    assert "sam_sharpness=0," in trained.stdout + trained.stderr
+    assert "sam_sharpness=0.0," in trained.stdout + trained.stderr
     assert checkpoints["zero"]["cfg"]["criterion"]["my_temperature"] == 1.5
     assert_same_model(checkpoints["base"], checkpoints["zero"])
     assert not any("decoder.layers.1" in name for name in checkpoints["zero"]["model"])

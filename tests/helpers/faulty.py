@@ -30,12 +30,14 @@ PASSES = {
 class Plan:
     """When to fail: in which batch's which pass, and how; counts the training passes as they come.
 
-    Batches are counted from 0. The base criterion runs one pass for each of them.
+    Batches are counted from 0. The base criterion runs one pass for each of them. In half precision there is one more
+    than in PASSES before the second one, to measure rounding.
     """
 
     batch: int = -1
     where: str = "ascent"
     base: bool = False
+    half: bool = False
     error: Exception | None = None
     calls: int = 0
     poisoned: bool = False
@@ -49,7 +51,8 @@ class Plan:
         passes, checks = PASSES[self.where], self.batch.bit_length()  # the first pass of batches 1, 2, 4, … runs twice
         if passes > 0 and (self.batch + 1) & self.batch == 0:
             checks += 1
-        return call == self.batch * 4 + passes + checks
+        passes += self.half and self.where.startswith("second")
+        return call == self.batch * (4 + self.half) + passes + checks
 
 
 plan = Plan()

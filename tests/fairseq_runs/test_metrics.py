@@ -51,7 +51,8 @@ LINES = {
     ),
     "instances within a budget": (
         [*INSTANCE, "--sam-parameters", "decoder", "--sam-loss-budget", 0.1],
-        "perturbation=instance, parameters=decoder, loss_budget=0.1, 87,040 parameters perturbed, 0 (0.00%) not covered",
+        "perturbation=instance, parameters=decoder, loss_budget=0.1, 87,040 parameters perturbed, "
+        "0 (0.00%) not covered",
     ),
 }
 

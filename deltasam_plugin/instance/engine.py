@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -212,8 +211,7 @@ class InstanceEngine:
             call = pending.pop() if pending else None
             if call is None or (call.key, call.leading_shape) != (key, arguments.leading_shape):
                 raise Refused(_not_a_replay(call, key, arguments.leading_shape))
-            run = layer.run if not call.perturbed else partial(layer.run_perturbed, call, perturbation=perturbation)
-            y = run(arguments, x)
+            y = layer.run_perturbed(call, arguments, x, perturbation) if call.perturbed else layer.run(arguments, x)
             if not pending:
                 perturbation.release()
                 once.clear()

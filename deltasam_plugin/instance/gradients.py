@@ -91,15 +91,15 @@ class PerSampleGradients:
                 if factor.bias is not None:
                     yield factor.bias, at_least_float32(factor.left).sum((0, 1))
 
-    def squared_norms(self, losses: Tensor) -> Tensor:
-        r""":math:`\|g_i\|^2` over all parameters, (B,), double precision, on the losses' device."""
-        return self._squared_norms(losses, self._joined())
-
     def _squared_norms(self, losses: Tensor, joined: Tensor | None) -> Tensor:
-        parts = [] if joined is None else [joined.square().sum(1)]
-        for part in self.formed.keys() - self._small():
+        r""":math:`\|g_i\|^2` over all parameters, (B,), double precision, on the losses' device.
+
+        Sums are taken in the order of the layers, so that every process rounds them alike.
+        """
+        parts, small = [] if joined is None else [joined.square().sum(1)], self._small()
+        for gradients in (gradients for part, gradients in self.formed.items() if part not in small):
             # By rows, to read the gradients once: fp32 loses nothing over so few elements.
-            rows = self.formed[part].flatten(2) if self.formed[part].dim() > 2 else self.formed[part].unsqueeze(1)
+            rows = gradients.flatten(2) if gradients.dim() > 2 else gradients.unsqueeze(1)
             parts.append(torch.linalg.vector_norm(rows, dim=2).square().sum(1))
         once = Memo(size=1)  # query, key and value projections have the same right vectors
         for factors in self.factors.values():
@@ -170,7 +170,7 @@ class PerSamplePerturbation:
     ) -> None:
         self.norms, self.steps = norms, steps
         self._factors, self._formed, self._scaled = factors, formed, scaled
-        self._own: dict[ParameterSlice, Tensor] = {}
+        self._own: dict[ParameterSlice, tuple[Tensor, Tensor]] = {}  # W + sG, and W
         self._once = Memo(size=1)
 
     def _steps_of(self, gradients: Tensor) -> Tensor:
@@ -196,11 +196,12 @@ class PerSamplePerturbation:
         if part.upright not in self._own:
             upright = weight.detach().t() if part.transposed else weight.detach()
             if part.upright in self._scaled:
-                self._own[part.upright] = upright + self._scaled.pop(part.upright)
+                own = upright + self._scaled.pop(part.upright)
             else:
                 gradients = self._formed.pop(part.upright)
-                self._own[part.upright] = torch.addcmul(upright, gradients, self._steps_of(gradients), out=gradients)
-        own = self._own[part.upright]
+                own = torch.addcmul(upright, gradients, self._steps_of(gradients), out=gradients)
+            self._own[part.upright] = own, upright
+        own, _ = self._own[part.upright]
         return own.transpose(1, 2) if part.transposed else own
 
     def factors(self, part: ParameterSlice | None) -> list[Factor]:
@@ -215,23 +216,17 @@ class PerSamplePerturbation:
     def _coefficients(self, right: Tensor, affine: bool, x: Tensor, grouping: Grouping) -> Tensor:
         return coefficients(right, affine, grouping.group(x), self.steps)
 
-    def lookup(self, part: ParameterSlice | None, index: Tensor, weight: Tensor) -> Tensor | None:
-        r"""Rows of :math:`s_i G_i` for indices (B, Q): (B, Q, m), or None where nothing is added.
-
-        Args:
-            part: a table.
-            index: of rows.
-            weight: its values (n, m).
-        """
+    def lookup(self, part: ParameterSlice | None, index: Tensor) -> Tensor | None:
+        r"""Rows of :math:`s_i G_i` for indices (B, Q): (B, Q, m), or None where nothing is added."""
+        if factors := self.factors(part):
+            return torch.stack([lookup(factor, index) for factor in factors]).sum(0) * self.steps.view(-1, 1, 1)
         samples = torch.arange(len(index), device=index.device).unsqueeze(1)
         if part in self._own:
-            return self._own[part][samples, index] - weight.detach()[index]
+            own, weight = self._own[part]
+            return own[samples, index] - weight[index]
         if part in self._formed:
             return self._formed[part][samples, index] * self.steps.view(-1, 1, 1)
-        if part in self._scaled:
-            return self._scaled[part][samples, index]
-        found = [lookup(factor, index) for factor in self.factors(part)]
-        return torch.stack(found).sum(0) * self.steps.view(-1, 1, 1) if found else None
+        return self._scaled[part][samples, index] if part in self._scaled else None
 
     def of_samples(self, chosen: Tensor) -> PerSamplePerturbation:
         """The same for the chosen samples, (B,) bool; none for the others. A copy."""

@@ -650,3 +650,21 @@ def test_the_graph_of_the_second_pass_is_all_that_holds_the_perturbation() -> No
 
 def parts(solution: Solution) -> list:
     return [call.weight for call in solution.calls]
+
+
+def test_embeddings_are_perturbed_in_single_precision_under_autocast() -> None:
+    """Without a product the loss is linear in the table: it rises by ρ‖gᵢ‖ exactly."""
+    torch.manual_seed(0)
+    table, tokens, c = nn.Embedding(9, 32), torch.randint(9, (4, 7)), torch.randn(4, 7, 32)
+    engine = InstanceEngine(table, RHO)
+
+    def losses() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return (table(tokens) * c).sum((1, 2))
+
+    with engine.recording() as tape:
+        first = losses()
+    solution = engine.solve(tape, first)
+    with engine.perturbed(solution):
+        rise = losses() - first
+    torch.testing.assert_close(rise, RHO * solution.perturbation.norms, rtol=1e-5, atol=1e-5)

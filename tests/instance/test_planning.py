@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -57,3 +61,29 @@ def test_half_precision_never_adds_a_perturbation_to_the_weights(tokens: int, au
         first = losses()
     solution = InstanceEngine(model, 1e-4).solve(tape, first)
     assert {call.form for call in solution.calls} == {Form.BESIDE if tokens == 40 else Form.FACTORED}
+
+
+NORMS = """
+import torch
+from torch import nn
+from deltasam_plugin.instance import InstanceEngine
+
+torch.manual_seed(0)
+model = nn.Sequential(*(nn.Linear(130, 130) for _ in range(8))).double()
+engine = InstanceEngine(model, 0.1)
+with engine.recording() as tape:
+    losses = model(torch.randn(3, 300, 130, dtype=torch.double)).square().sum((1, 2))
+solution = engine.solve(tape, losses)
+assert all(call.form.name == "OWN" for call in solution.calls)
+print([norm.hex() for norm in solution.perturbation.norms.tolist()])
+"""
+
+
+def test_every_process_rounds_alike() -> None:
+    """Python's hashes of names differ from process to process. A resumed run must be the uninterrupted one."""
+    printed = set()
+    for seed in range(3):
+        environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", NORMS]
+        printed.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(printed) == 1, printed

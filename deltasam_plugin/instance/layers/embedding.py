@@ -51,9 +51,6 @@ class Embedding(Layer):
         else:
             gradients.add_factor(call.weight, Factor(index, gradient))
 
-    def run_perturbed(
-        self, call: PlannedCall, arguments: CallArguments, x: Tensor, perturbation: PerSamplePerturbation
-    ) -> Tensor:
-        y, index = self.run(arguments, x), call.grouping.group(x.flatten().long())
-        added = perturbation.lookup(call.weight, index, arguments.weight)  # type: ignore[arg-type]
+    def perturb_output(self, call: PlannedCall, x: Tensor, y: Tensor, perturbation: PerSamplePerturbation) -> Tensor:
+        added = perturbation.lookup(call.weight, call.grouping.group(x.flatten().long()))
         return y if added is None else added_to(y, call, added)

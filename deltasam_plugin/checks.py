@@ -38,7 +38,7 @@ class Checks:
 
     @property
     def _due(self) -> bool:
-        return self._batches & (self._batches - 1) == 0
+        return is_power_of_two(self._batches)
 
     def replay(
         self,
@@ -118,6 +118,11 @@ class Checks:
                 "'uniform', which costs no probes.",
                 stacklevel=2,
             )
+
+
+def is_power_of_two(count: int) -> bool:
+    """Whether a positive number is one: what is checked then costs nothing in the long run."""
+    return count.bit_count() == 1
 
 
 def _refuse_spectral_norm(module: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,10 @@ from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
+from deltasam_plugin.errors import listing
 from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
 from deltasam_plugin.loss import Perturbation
 from deltasam_plugin.settings import Settings
-
-LISTED = 5  # names in a message
 
 
 def chosen_parameters(
@@ -30,21 +29,16 @@ def chosen_parameters(
     Raises:
         ValueError: it chooses none, or not all of those that forward passes rewrite.
     """
-    chosen = {name: parameter for name, parameter in parameters.items() if settings.perturbs(name)}
+    chosen = {name: parameter for name, parameter in parameters.items() if settings.chooses(name)}
     rule = f"Invalid parameters={settings.parameters!r} (--sam-parameters)"
     if parameters and not chosen:
-        raise ValueError(f"{rule}: found in no parameter's name. They are {_listing(parameters)}.")
+        raise ValueError(f"{rule}: found in no parameter's name. They are {listing(parameters)}.")
     if rewritten := [name for name, item in parameters.items() if item.rewritten and name not in chosen]:
         raise ValueError(
-            f"{rule}: not found in {_listing(rewritten)}, which quantization noise rewrites in every forward pass. "
+            f"{rule}: not found in {listing(rewritten)}, which quantization noise rewrites in every forward pass. "
             "Choose these parameters too, or leave quantization noise out."
         )
     return chosen
-
-
-def _listing(names: Collection[str]) -> str:
-    shown = list(names)[:LISTED]
-    return ", ".join(shown) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 class Perturbations:

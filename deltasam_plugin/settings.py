@@ -63,7 +63,7 @@ class Settings:
                 f"Choose one of: {', '.join(PERTURBATIONS)}."
             )
         if self.rho is None:  # equal settings are equal, whether given or not
-            object.__setattr__(self, "rho", DEFAULT_RHO[self.perturbation])
+            object.__setattr__(self, "rho", self.radius)
         if not (_finite(self.rho) and self.radius >= 0):
             raise ValueError(
                 f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; "
@@ -74,7 +74,7 @@ class Settings:
                 f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}; "
                 "or register one of your own, with @deltasam_plugin.weighting."
             )
-        if not isinstance(self.probes, int) or isinstance(self.probes, bool) or self.probes < 1:
+        if not _integer(self.probes, 1):
             raise ValueError(
                 f"Invalid probes={self.probes!r} (--sam-probes). Must be an integer >= 1; "
                 "for no probes at all use the weighting 'uniform'."
@@ -86,7 +86,7 @@ class Settings:
             )
         for name, flag, least in (("interval", "interval", 1), ("warmup_updates", "warmup-updates", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _integer(value, least):
                 raise ValueError(f"Invalid {name}={value!r} (--sam-{flag}). Must be an integer >= {least}.")
         if self.rho_schedule not in SCHEDULES:
             raise ValueError(
@@ -117,7 +117,7 @@ class Settings:
         """Whether the radius is not the same in all updates."""
         return self.warmup_updates > 0 or self.rho_schedule != "constant"
 
-    def perturbs(self, name: str) -> bool:
+    def chooses(self, name: str) -> bool:
         """Whether the parameter of this name is to be perturbed."""
         return self.parameters is None or re.search(self.parameters, name) is not None
 
@@ -125,6 +125,10 @@ class Settings:
     def compares_logits(self) -> bool:
         """Whether the forward pass must give logits. At a radius of zero instance mode probes as batch mode does."""
         return WEIGHTINGS[self.weighting].by_logits and (self.perturbation == "batch" or self.radius == 0)
+
+
+def _integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _finite(value: object) -> bool:

@@ -31,10 +31,10 @@ class Measure:
 
     Attributes:
         sides: where its forward passes run, in units of the displacement.
-        compare: from the results at these places and at w to the measurements, shape (B,).
-        floor: from the same and eps, the spacing of the numbers, to the size (B,) below which this is rounding.
+        compare: from the results at these places and at w, and eps, the spacing of the numbers, to the measurements and
+            the sizes below which they are rounding, shape (B,) each.
         noise: standard deviation of its rounding error in units of that of the difference between two losses; None if
-            `floor` holds in half precision too.
+            these sizes hold in half precision too.
         signs: whether directions are random signs. Otherwise they are standard normal.
         logits: whether it compares logits.
         least_scale: by dtype, the shortest displacement along which it rises above rounding, as a fraction of the L2
@@ -42,8 +42,7 @@ class Measure:
     """
 
     sides: tuple[int, ...]
-    compare: Callable[[Sequence[Objective], Objective], Tensor]
-    floor: Callable[[Sequence[Objective], Objective, float], Tensor]
+    compare: Callable[[Sequence[Objective], Objective, float], tuple[Tensor, Tensor]]
     noise: float | None = None
     signs: bool = False
     logits: bool = False
@@ -84,13 +83,14 @@ def first_difference(plus: Tensor, center: Tensor) -> Tensor:
     return plus.detach().double() - center.detach().double()
 
 
-def logit_change(moved: Tensor, center: Logits, batch: int) -> Tensor:
-    r"""How far every sample's predicted distributions move, as a length.
+def logit_change(moved: Tensor, center: Logits, batch: int) -> tuple[Tensor, Tensor]:
+    r"""How far every sample's predicted distributions move, as a length, and how wide its logits are spread.
 
     .. math:: D_i = \Bigl(\sum_t \mathrm{Var}_{p_t}\bigl(z_t(w+\sigma u) - z_t(w)\bigr)\Bigr)^{1/2}
-              = \sigma\,(u^\top G_i u)^{1/2} + O(\sigma^2), \qquad p_t = \mathrm{softmax}(z_t(w))
+              = \sigma\,(u^\top G_i u)^{1/2} + O(\sigma^2), \qquad
+              S_i = \Bigl(\sum_t \mathrm{Var}_{p_t}\bigl(z_t(w)\bigr)\Bigr)^{1/2}, \qquad p_t = \mathrm{softmax}(z_t(w))
 
-    The sum runs over the predictions t of sample i; Gᵢ is the Gauss-Newton matrix of its cross-entropy. To second
+    The sums run over the predictions t of sample i; Gᵢ is the Gauss-Newton matrix of its cross-entropy. To second
     order :math:`D_i^2` is twice the Kullback-Leibler divergence. What is added to all logits of a prediction cancels.
 
     Args:
@@ -99,24 +99,30 @@ def logit_change(moved: Tensor, center: Logits, batch: int) -> Tensor:
         batch: B.
 
     Returns:
-        D, shape (B,), double precision.
+        D and S, shape (B,) each, double precision.
     """
     # In parts: on a CPU as the cache holds them, and elsewhere to take little memory.
     rows = max(1, 4 * lot_size(moved.device) // max(1, moved.size(1)))
     parts = zip(moved.detach().split(rows), center.values.detach().split(rows), strict=True)
-    variances = torch.cat([_variances(at_least_float32(z), at_least_float32(at_w)) for z, at_w in parts])
+    found = [_variances(at_least_float32(z), at_least_float32(at_w)) for z, at_w in parts]
+    variances = torch.cat(found, dim=1)
     if center.counted is not None:
         variances = torch.where(center.counted, variances, 0)
-    total = torch.zeros(batch, dtype=torch.double, device=moved.device)
-    return total.index_add(0, center.samples, variances).sqrt()
+    totals = torch.zeros(2, batch, dtype=torch.double, device=moved.device)
+    change, spread = totals.index_add(1, center.samples, variances).sqrt()
+    return change, spread
 
 
 def _variances(moved: Tensor, center: Tensor) -> Tensor:
+    """Of the change of the logits and of the logits themselves, under the predictions; (2, N)."""
     probabilities = center.softmax(dim=-1)
-    # Where the probability is zero, minus infinity less minus infinity must not count.
-    change = torch.where(probabilities > 0, moved - center, 0)
-    change -= (probabilities * change).sum(dim=-1, keepdim=True)
-    return (probabilities * change.square_()).sum(dim=-1).double()
+    possible = probabilities > 0  # elsewhere minus infinity less minus infinity must not count
+    return torch.stack([_variance(probabilities, torch.where(possible, x, 0)) for x in (moved - center, center)])
+
+
+def _variance(probabilities: Tensor, values: Tensor) -> Tensor:
+    values -= (probabilities * values).sum(dim=-1, keepdim=True)
+    return (probabilities * values.square_()).sum(dim=-1).double()
 
 
 def rounding_floor(displaced: Sequence[Tensor], center: Tensor, eps: float) -> Tensor:
@@ -158,43 +164,42 @@ def measured_floor(center: Tensor, dithered: Tensor, noise: float) -> Tensor:
     return noise * torch.maximum(DEVIATIONS * errors.square().mean().sqrt(), errors.abs().amax())
 
 
-def _logits(result: Objective) -> Logits:
-    assert result.logits is not None  # refused before
-    return result.logits
+def _losses(
+    difference: Callable[..., Tensor],
+) -> Callable[[Sequence[Objective], Objective, float], tuple[Tensor, Tensor]]:
+    def compare(displaced: Sequence[Objective], center: Objective, eps: float) -> tuple[Tensor, Tensor]:
+        moved = [result.losses for result in displaced]
+        return difference(*moved, center.losses), rounding_floor(moved, center.losses, eps)
+
+    return compare
 
 
-def _loss_floor(displaced: Sequence[Objective], center: Objective, eps: float) -> Tensor:
-    return rounding_floor([result.losses for result in displaced], center.losses, eps)
-
-
-def _logit_floor(displaced: Sequence[Objective], center: Objective, eps: float) -> Tensor:
-    """As large as if every logit moved by a multiple of eps times its distance from the mean."""
-    rows = _logits(center)
-    return LOGIT_ROUNDING_FACTOR * eps * logit_change(torch.zeros_like(rows.values), rows, center.losses.numel())
+def _compared_logits(displaced: Sequence[Objective], center: Objective, eps: float) -> tuple[Tensor, Tensor]:
+    """Rounding is as large as if every logit moved by a multiple of eps times its distance from the mean."""
+    (moved,) = displaced
+    assert moved.logits is not None  # refused before
+    assert center.logits is not None
+    change, spread = logit_change(moved.logits.values, center.logits, center.losses.numel())
+    return change, LOGIT_ROUNDING_FACTOR * eps * spread
 
 
 MEASURES: dict[str, Measure] = {
     "second_difference": Measure(
         sides=(1, -1),
-        compare=lambda displaced, center: second_difference(displaced[0].losses, displaced[1].losses, center.losses),
-        floor=_loss_floor,
+        compare=_losses(second_difference),
         noise=3**0.5,  # variances 1 + 1 + 4 against 1 + 1
         least_scale={torch.float16: 0.03, torch.bfloat16: 0.1},
     ),
     "first_difference": Measure(
         sides=(1,),
-        compare=lambda displaced, center: first_difference(displaced[0].losses, center.losses),
-        floor=_loss_floor,
+        compare=_losses(first_difference),
         noise=1.0,
         signs=True,
         least_scale={torch.bfloat16: 0.03},
     ),
     "logit_change": Measure(
         sides=(1,),
-        compare=lambda displaced, center: logit_change(
-            _logits(displaced[0]).values, _logits(center), center.losses.numel()
-        ),
-        floor=_logit_floor,
+        compare=_compared_logits,
         logits=True,
         least_scale={torch.bfloat16: 0.03},
     ),

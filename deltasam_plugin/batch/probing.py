@@ -132,9 +132,9 @@ def probe(
             for side in measure.sides:
                 displace(parameters, originals, direction, side * sigma)
                 displaced.append(forward())
-            measured.append(torch.where(center.losses.isfinite(), measure.compare(displaced, center), torch.nan))
-            if not noisy:
-                floors.append(measure.floor(displaced, center, rounding.eps))
+            found, floor = measure.compare(displaced, center, rounding.eps)
+            measured.append(torch.where(center.losses.isfinite(), found, torch.nan))
+            floors.append(floor)
         if noisy:
             dither = spread(draw_dither(values, seed, rounding.eps))
             displace(parameters, originals, dither, torch.ones_like(sigma))

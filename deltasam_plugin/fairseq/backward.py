@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from deltasam_plugin.errors import LISTED
 from deltasam_plugin.fairseq.announcements import TrainedBy
 from deltasam_plugin.fairseq.errors import Unsupported
-
-LISTED = 5  # names in a message
 
 
 class BackwardPasses:

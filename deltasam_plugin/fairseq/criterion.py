@@ -59,6 +59,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
             return forward(model, sample, *args, **kwargs)
         inner = unwrapped(model)  # the ascent must not start a distributed wrapper's exchange of gradients
         results: list[tuple[Any, dict[str, Any]]] = []
+        rho = optimizer.rho
 
         def objective(network: nn.Module) -> tuple[Objective, tuple[Any, dict[str, Any]]]:
             with recorded_outputs(inner, self._base_name) as outputs:
@@ -91,11 +92,11 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
         with optimizer.backward_passes.forward_pass():
             perturbations = optimizer.perturbations(inner, self)
-            perturbation, errors = perturbations.of_batch(rho=optimizer.rho), partial(one_message, (Refused,))
+            perturbation, errors = perturbations.of_batch(rho=rho), partial(one_message, (Refused,))
             loss, statistics = sharpness_aware_loss(first, second, perturbation, perturbations.devices, errors)
         optimizer.backward_passes.follow(loss, named_parameters(inner, self))
         sample_size, logging_output = results[0]
-        logging_output.update(log_entries(statistics, optimizer.settings, optimizer.rho))
+        logging_output.update(log_entries(statistics, optimizer.settings, rho))
         return loss, sample_size, logging_output
 
     @classmethod

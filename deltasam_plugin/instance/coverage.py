@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from deltasam_plugin.errors import Refused
+from deltasam_plugin.errors import Refused, listing
 from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.precision import at_least_float32
 
 TOLERATED = 0.01  # share of the weights that may stay unperturbed
-LISTED = 5  # names in a message
 REMEDY = 'choose --sam-perturbation batch (perturbation="batch" in Python)'
 
 MIXED = "several samples' losses depend on the same rows"
@@ -78,9 +77,8 @@ class Coverage:
 
     def _listing(self) -> str:
         largest = sorted(self._uncovered, key=lambda name: (-self._parameters[name].numel(), name))
-        names = ", ".join(f"{name} ({self._uncovered[name]})" for name in largest[:LISTED])
-        more = f" and {len(largest) - LISTED} more" if len(largest) > LISTED else ""
-        return f"{self._share():.2%} of the weights: {names}{more}"
+        reasons = [f"{name} ({self._uncovered[name]})" for name in largest]
+        return f"{self._share():.2%} of the weights: {listing(reasons)}"
 
     def names(self) -> list[str]:
         """Parameters that are perturbed, as far as is known."""

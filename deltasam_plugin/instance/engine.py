@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from deltasam_plugin.checks import is_power_of_two
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
@@ -168,7 +169,7 @@ class InstanceEngine:
         """Whether rows and coverage are compared with autograd in this batch, though nothing new was seen."""
         self._batches += 1
         scheduled = self._batches <= ALWAYS_CHECKED or self._batches % CHECK_INTERVAL == 0
-        return scheduled or self._batches.bit_count() == 1
+        return scheduled or is_power_of_two(self._batches)
 
     def refuse_mixed_values(self, solution: Solution, losses: Tensor, replay: Callable[[], Tensor]) -> None:
         """Perturb every other sample alone: the losses of the others must stay what they are.

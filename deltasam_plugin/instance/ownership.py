@@ -107,16 +107,12 @@ class Ownership:
                 if found[i] is None:
                     reasons.update(dict.fromkeys(call.names, UNKNOWN))
         for i, candidates in ambiguous.items():  # they differ on rows without gradient
-            alike = [
-                g for call, g in zip(calls, found) if g is not None and call.leading_shape == calls[i].leading_shape
-            ]
+            alike = _of_shape(calls[i].leading_shape, found)
             likely = [grouping for grouping in candidates if any(grouping.same(other) for other in alike)]
             found[i] = (likely or candidates)[0]
         moved = {part for call, grouping in zip(calls, found) if grouping is not None for part in call.parts}
         for i in silent:  # of a parameter that gets a gradient elsewhere, and perturbs these rows too
-            shape = calls[i].leading_shape
-            alike = [g for call, g in zip(calls, found) if g is not None and call.leading_shape == shape]
-            found[i] = found[i] or agreed(alike)
+            found[i] = found[i] or agreed(_of_shape(calls[i].leading_shape, found))
             if found[i] is None and moved.intersection(calls[i].parts):
                 reasons.update(dict.fromkeys(calls[i].names, UNKNOWN))
         return found, reasons
@@ -133,6 +129,10 @@ class Ownership:
         if batch > 1 and call.key not in self._layouts:
             return None  # sizes alone prove nothing
         return agreed([grouping for _, grouping in self._candidates(call, batch, rows)])
+
+
+def _of_shape(leading_shape: tuple[int, ...], groupings: Sequence[Grouping | None]) -> list[Grouping]:
+    return [grouping for grouping in groupings if grouping is not None and grouping.leading_shape == leading_shape]
 
 
 def _levels(calls: Sequence[RecordedCall]) -> int:

@@ -64,7 +64,7 @@ def test_the_measured_floor_covers_nineteen_twentieths_of_pure_noise(name, outli
     below, ratios = [], []
     for _ in range(500):
         center = noisy()
-        measured = measure.compare([noisy() for _ in measure.sides], center)
+        measured, _ = measure.compare([noisy() for _ in measure.sides], center, FLOAT32)
         floor = measured_floor(center.losses, noisy().losses, measure.noise)
         below.append((measured.abs() < floor).double().mean())
         ratios.append(floor / (0.3 * 2**0.5 * measure.noise))
@@ -88,14 +88,20 @@ def test_the_logit_change_is_the_variance_of_the_differences_under_the_predictio
         p = one.softmax(-1)
         differences = other - one
         expected[sample] += float((p * differences**2).sum() - (p * differences).sum() ** 2)
-    found = logit_change(after, Logits(before, torch.tensor(samples)), 3)
+    found, _ = logit_change(after, Logits(before, torch.tensor(samples)), 3)
     torch.testing.assert_close(found.square(), torch.tensor(expected, dtype=torch.double), rtol=1e-9, atol=1e-12)
+
+
+@given(doubles((4, 3)), doubles((4, 3)))
+def test_the_spread_of_logits_is_their_variance_under_the_prediction(before, after):
+    center = Logits(before, torch.tensor([0, 1, 0, 2]))
+    torch.testing.assert_close(logit_change(after, center, 3)[1], logit_change(0 * after, center, 3)[0])
 
 
 @given(doubles((2, 3, 4)), doubles((2, 3, 4)), doubles((2, 3, 1), -100, 100))
 def test_what_is_added_to_all_logits_of_a_prediction_does_not_count(before, after, shift):
-    one = logit_change(after.flatten(0, 1), Logits.by_sample(before), 2)
-    other = logit_change((after + shift).flatten(0, 1), Logits.by_sample(before), 2)
+    one, _ = logit_change(after.flatten(0, 1), Logits.by_sample(before), 2)
+    other, _ = logit_change((after + shift).flatten(0, 1), Logits.by_sample(before), 2)
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
 
 
@@ -104,15 +110,15 @@ def test_to_second_order_it_is_twice_the_divergence():
     z, u = torch.randn(5, 7, dtype=torch.double), 1e-4 * torch.randn(5, 7, dtype=torch.double)
     p, q = z.log_softmax(-1), (z + u).log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum()
-    found = logit_change(z + u, Logits(z, torch.zeros(5, dtype=torch.long)), 1)
+    found, _ = logit_change(z + u, Logits(z, torch.zeros(5, dtype=torch.long)), 1)
     assert found.square().item() == pytest.approx(2 * divergence.item(), rel=1e-3)
 
 
 @given(doubles((2, 3, 4)), doubles((2, 3, 4)), hnp.arrays("bool", (2, 3)).map(torch.from_numpy))
 def test_padding_does_not_count(before, after, counted):
-    whole = logit_change(after.flatten(0, 1), Logits.by_sample(before, counted), 2)
+    whole, _ = logit_change(after.flatten(0, 1), Logits.by_sample(before, counted), 2)
     alone = [
-        logit_change(after[i][counted[i]], Logits(before[i][counted[i]], counted[i].nonzero()[:, 0] * 0), 1)
+        logit_change(after[i][counted[i]], Logits(before[i][counted[i]], counted[i].nonzero()[:, 0] * 0), 1)[0]
         for i in range(2)
     ]
     torch.testing.assert_close(whole, torch.cat(alone), rtol=1e-12, atol=0)
@@ -121,7 +127,7 @@ def test_padding_does_not_count(before, after, counted):
 def test_padding_may_hold_anything():
     values = torch.tensor([[[0.0, 1.0], [torch.nan, torch.inf]]])
     counted = torch.tensor([[True, False]])
-    found = logit_change(torch.tensor([[1.0, 1.0], [torch.nan, 0.0]]), Logits.by_sample(values, counted), 1)
+    found, _ = logit_change(torch.tensor([[1.0, 1.0], [torch.nan, 0.0]]), Logits.by_sample(values, counted), 1)
     assert found.isfinite().all()
 
 
@@ -129,6 +135,7 @@ def test_a_class_that_is_excluded_does_not_count():
     before, after = torch.tensor([[0.0, 1.0, -torch.inf]]), torch.tensor([[0.5, 1.0, -torch.inf]])
     found = logit_change(after, Logits.by_sample(before), 1)
     torch.testing.assert_close(found, logit_change(after[:, :2], Logits.by_sample(before[:, :2]), 1))
+    assert torch.stack(found).isfinite().all()
 
 
 def test_logits_of_sentences_without_tokens_are_rows():
@@ -146,9 +153,9 @@ def test_rounding_of_the_logits_alone_is_under_their_floor():
         for part in (z, z.half().double())
     )
     measure = MEASURES["logit_change"]
-    floor = measure.floor([moved], center, torch.finfo(torch.float16).eps)
-    assert (measure.compare([moved], center) < floor).all()
-    assert (measure.compare([moved], center) > floor / 20).all()
+    measured, floor = measure.compare([moved], center, torch.finfo(torch.float16).eps)
+    assert (measured < floor).all()
+    assert (measured > floor / 20).all()
 
 
 def test_no_gradient_flows_through_a_measurement():
@@ -156,5 +163,6 @@ def test_no_gradient_flows_through_a_measurement():
     logits = [Logits.by_sample(torch.rand(3, 2).requires_grad_()) for _ in range(3)]
     center, *moved = (Objective(torch.zeros(()), one, logits=other) for one, other in zip(losses, logits))
     for measure in MEASURES.values():
-        assert not measure.compare(moved[: len(measure.sides)], center).requires_grad
-        assert not measure.floor(moved[: len(measure.sides)], center, FLOAT32).requires_grad
+        measured, floor = measure.compare(moved[: len(measure.sides)], center, FLOAT32)
+        assert not measured.requires_grad
+        assert not floor.requires_grad

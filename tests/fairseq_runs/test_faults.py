@@ -122,7 +122,8 @@ def test_every_fault_in_every_pass(
     error = ValueError("cosmic ray") if fault == "crash" else RuntimeError("CUDA out of memory (simulated)")
     for where in faulty.PASSES:
         folder = tmp_path / where.replace(" ", "")
-        faulty.plan = faulty.Plan(batch=2 * accumulation + accumulation - 1, where=where, error=error)
+        batch, half = 2 * accumulation + accumulation - 1, precision != "fp32"
+        faulty.plan = faulty.Plan(batch=batch, where=where, error=error, half=half)
         if fault == "crash":
             with pytest.raises(ValueError, match="cosmic ray"):
                 fairseq_train(translation_data, folder, *options, updates=4)

@@ -57,7 +57,6 @@ LANGUAGE = [
         SPAN,
         "adaptive_span_loss",
         batch=REFUSED.format("adaptive_span_loss"),
-        instance=REFUSED.format("adaptive_span_loss"),
     ),
     Recipe(
         "adaptive span, cross entropy",
@@ -66,7 +65,6 @@ LANGUAGE = [
         SPAN + " --criterion cross_entropy",
         "adaptive_span_loss",
         batch=MEMORY,
-        instance=MEMORY,
         without=("--fp16", "--aux-loss-scaler", "--criterion"),
     ),
     Recipe(
@@ -155,7 +153,6 @@ SENTENCES = [
         "sentences",
         ENCODER + PRETRAINED,
         batch=REFUSED.format("sentence_prediction_r3f"),
-        instance=REFUSED.format("sentence_prediction_r3f"),
     ),
     Recipe(
         "X-MOD, NLI",

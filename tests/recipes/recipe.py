@@ -22,7 +22,7 @@ class Recipe:
         tiny: options that override the command's: sizes, languages, files. For a YAML file, Hydra's overrides.
         marked: text that tells the command from others of the README.
         batch: `TRAINS`, or a regular expression that the refusal matches, with --sam-perturbation batch.
-        instance: the same with --sam-perturbation instance.
+        instance: the same with --sam-perturbation instance; by default what `batch` is.
         then: the command of fairseq that reads the checkpoint, and its options.
         without: options that are left out.
         resumes: the resumed base run is the uninterrupted one, bit for bit.
@@ -35,7 +35,7 @@ class Recipe:
     tiny: str
     marked: str = ""
     batch: str = TRAINS
-    instance: str = TRAINS
+    instance: str = ""
     then: str = "validate"
     without: tuple[str, ...] = ("--fp16",)
     resumes: bool = True
@@ -58,7 +58,7 @@ class Recipe:
 
     def outcome(self, mode: str) -> str:
         """`TRAINS`, or what a refusal matches."""
-        return {"batch": self.batch, "instance": self.instance}[mode]
+        return {"batch": self.batch, "instance": self.instance or self.batch}[mode]
 
 
 def transformer(*sides: str) -> str:

@@ -63,7 +63,6 @@ SPEECH = [
         "features",
         SIZES,
         batch=REFUSED.format("speech_to_unit"),
-        instance=REFUSED.format("speech_to_unit"),
         without=("--fp16", "--multitask-config-yaml"),
     ),
     Recipe(

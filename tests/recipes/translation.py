@@ -86,7 +86,6 @@ TRANSLATION = [
         "languages",
         SIZES + " --lang-pairs en-de,en-fr --arch latent_multilingual_transformer",
         batch=LATENT,
-        instance=LATENT,
     ),
     Recipe(
         "joint alignment, WMT'18",
@@ -101,7 +100,6 @@ TRANSLATION = [
         "aligned",
         SIZES,
         batch=STEP,
-        instance=STEP,
         then=GENERATE + EXPERTS,
     ),
     Recipe(
@@ -146,7 +144,6 @@ TRANSLATION = [
             SIZES + (" --crf-lowrank-approx 8 --crf-beam-approx 8" if arch == "nacrf_transformer" else ""),
             f"--arch {arch}",
             batch=AVERAGED if arch == "nacrf_transformer" else TRAINS,
-            instance=AVERAGED if arch == "nacrf_transformer" else TRAINS,
             then="generate --gen-subset valid --task translation_lev --iter-decode-max-iter 2 --beam 1 --batch-size 24",
             slow=name in ("iterative", "CMLM"),
         )

@@ -26,7 +26,7 @@ class _AddExpanded(torch.autograd.Function):
         ctx.grouping, ctx.dtype = grouping, coefficients.dtype
         ctx.mark_dirty(y)
         grouped = grouping.group(y)
-        if grouped.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or y.dtype != coefficients.dtype:
+        if not _is_view(grouped, y) or y.dtype != coefficients.dtype:
             added = expand_into(coefficients.new_zeros(grouped.shape), coefficients, left)
             added = added if vector is None else added.add_(vector.unsqueeze(1))
             return y.add_(grouping.ungroup(added).reshape(y.shape))
@@ -76,13 +76,18 @@ def _products(rows: Tensor, matrices: Tensor, bias: Tensor | None, vector: Tenso
     """Rows (N, m) times the matrix of their sample (B, m, n), plus a bias (n) for all and (B, n) for each: (N, n)."""
     y = rows.new_empty(len(rows), matrices.shape[2])
     target = grouping.group(y)
-    in_place = target.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
     if bias is not None:
         target.copy_(bias if vector is None else (bias + vector).unsqueeze(1))
     elif vector is not None:
         target.copy_(vector.unsqueeze(1).expand_as(target))
     target.baddbmm_(grouping.group(rows), matrices, beta=0 if bias is None and vector is None else 1)
-    return y if in_place else y.copy_(grouping.ungroup(target).reshape(y.shape))  # a Function must not return a view
+    if not _is_view(target, y):
+        y.copy_(grouping.ungroup(target).reshape(y.shape))
+    return y  # and not a view of the target: a Function must not return one
+
+
+def _is_view(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 class Linear(Layer):

@@ -110,7 +110,9 @@ def test_the_radius_of_each_step(mode: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("mode", [["--sam-weighting", "uniform"], INSTANCE], ids=["batch", "instance"])
-def test_a_run_and_the_same_run_resumed(translation_data: Path, tmp_path: Path, mode: list[object]) -> None:
+def test_a_run_and_the_same_run_resumed(
+    translation_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, mode: list[object]
+) -> None:
     options: list[object] = [*TRANSLATION, *delta(rho=0.2), *mode, "--sam-interval", 2, "--sam-warmup-updates", 4]
     options += ["--sam-rho-schedule", "lr", "--lr-scheduler", "inverse_sqrt", "--warmup-updates", 2]
     options += ["--save-interval-updates", 3]
@@ -123,4 +125,8 @@ def test_a_run_and_the_same_run_resumed(translation_data: Path, tmp_path: Path, 
     (tmp_path / "resumed").mkdir()
     (checkpoint,) = (tmp_path / "whole").glob("checkpoint_*_3.pt")
     shutil.copy(checkpoint, tmp_path / "resumed" / "checkpoint_last.pt")
+    caplog.clear()
     assert_same_model(whole, fairseq_train(translation_data, tmp_path / "resumed", *options, updates=8))
+    # Update 3, the first, is not sharpness-aware.
+    (line,) = (message for message in caplog.messages if message.startswith("δ-SAM: adam minimizes"))
+    assert "interval=2, warmup_updates=4, rho_schedule=lr, 139,008 parameters perturbed" in line

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +38,8 @@ def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor]
         mode["weighting"] = settings.weighting
         if WEIGHTINGS[settings.weighting].measure is not None:
             mode["probes"] = settings.probes
-    given = {"parameters": settings.parameters, "loss_budget": settings.loss_budget}
-    mode |= {name: value for name, value in given.items() if value is not None}
+    further = [item for item in fields(Settings) if item.name not in ("rho", "perturbation", "weighting", "probes")]
+    mode |= {item.name: value for item in further if (value := getattr(settings, item.name)) != item.default}
     total, left_out = (sum(parameter.numel() for parameter in group) for group in (perturbed, uncovered))
     count = f"{total - left_out:,} parameters perturbed"
     if settings.perturbation == "instance":

@@ -74,7 +74,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             RuntimeError: the gradient does not come from sharpness-aware backward passes alone.
         """
         self.backward_passes.check_step()
-        if not self._announced:
+        if self._perturbations and not self._announced:  # no update was sharpness-aware before
             every = [perturbations for _, perturbations in self._perturbations.values()]
             perturbed, uncovered = (
                 dict.fromkeys(chain(*groups))

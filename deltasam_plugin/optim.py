@@ -45,6 +45,8 @@ class DeltaSAM(Optimizer):
         parameters: regular expression; only parameters in whose name it is found are perturbed. Needs named parameters:
             ``DeltaSAM(model.named_parameters(), ...)``, with torch 2.6 and newer.
         loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
+        group: for instances: so many samples in a row of the batch share a perturbation.
+        adaptive: filters, such as the rows of a matrix, are perturbed in proportion to their norms (ASAM).
         interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
         warmup_updates: the radius grows linearly over so many steps.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up.
@@ -72,6 +74,8 @@ class DeltaSAM(Optimizer):
         perturbation: str = Settings.perturbation,
         parameters: str | None = None,
         loss_budget: float | None = None,
+        group: int = Settings.group,
+        adaptive: bool = Settings.adaptive,
         interval: int = Settings.interval,
         warmup_updates: int = Settings.warmup_updates,
         rho_schedule: str = Settings.rho_schedule,
@@ -86,6 +90,8 @@ class DeltaSAM(Optimizer):
             perturbation,
             parameters=parameters,
             loss_budget=loss_budget,
+            group=group,
+            adaptive=adaptive,
             interval=interval,
             warmup_updates=warmup_updates,
             rho_schedule=rho_schedule,

@@ -68,7 +68,13 @@ class Perturbations:
         self._engine: InstanceEngine | None = None
         if settings.perturbation == "instance" and settings.radius > 0:
             named = ((name, perturbed.parameter) for name, perturbed in parameters.items())
-            self._engine = InstanceEngine(named, settings.radius, settings.loss_budget)  # type: ignore[arg-type]
+            self._engine = InstanceEngine(
+                named,  # type: ignore[arg-type]
+                settings.radius,
+                settings.loss_budget,
+                settings.group,
+                settings.adaptive,
+            )
 
     @property
     def parameters(self) -> list[Tensor]:

@@ -34,6 +34,10 @@ class Settings:
             counted; by default all are.
         loss_budget: C > 0, in nats a sample. The radius is at most :math:`C/\|g\|`, so that to first order the mean
             loss of the samples rises by no more than C; for instances the loss of each. By default there is no budget.
+        group: M >= 1. For instances: so many samples in a row of a batch share a perturbation, that of their summed
+            loss (m-sharpness). With M = B it is SAM.
+        adaptive: filters are perturbed in proportion to their size, and the radius is measured in that proportion. See
+            :func:`~deltasam_plugin.adaptive.filter_scale`.
         interval: N >= 1. Every N-th update is sharpness-aware; those between are the base optimizer's own.
         warmup_updates: N >= 0. The radius grows linearly over the first N updates.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate after the warm-up.
@@ -52,6 +56,8 @@ class Settings:
     sync: bool = False
     parameters: str | None = None
     loss_budget: float | None = None
+    group: int = 1
+    adaptive: bool = False
     interval: int = 1
     warmup_updates: int = 0
     rho_schedule: str = "constant"
@@ -84,10 +90,19 @@ class Settings:
                 f"Invalid probe_scale={self.probe_scale!r} (--sam-probe-scale). Must be a fraction of the norm of the "
                 "weights, between 0 and 1 exclusive; 0.01 is the default."
             )
-        for name, flag, least in (("interval", "interval", 1), ("warmup_updates", "warmup-updates", 0)):
+        for name, flag, least in (
+            ("group", "group", 1),
+            ("interval", "interval", 1),
+            ("warmup_updates", "warmup-updates", 0),
+        ):
             value = getattr(self, name)
             if not _integer(value, least):
                 raise ValueError(f"Invalid {name}={value!r} (--sam-{flag}). Must be an integer >= {least}.")
+        if self.group > 1 and self.perturbation == "batch":
+            raise ValueError(
+                f"Invalid group={self.group} (--sam-group) with perturbation='batch': there all samples share one. Use "
+                "--sam-perturbation instance, or leave it out."
+            )
         if self.rho_schedule not in SCHEDULES:
             raise ValueError(
                 f"Unknown rho_schedule={self.rho_schedule!r} (--sam-rho-schedule). "

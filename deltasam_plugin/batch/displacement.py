@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltasam_plugin.adaptive import filter_scale
 from deltasam_plugin.precision import at_least_float32
 
 
@@ -225,6 +226,13 @@ def displace(
         copy_all(targets, [piece.view(old.shape) for piece, old in zip(pieces, before, strict=True)])
 
 
+def _stretch(gradients: list[Tensor | None], scales: Sequence[Tensor]) -> None:
+    """Multiply gradients with the scales of their parameters, if there are any."""
+    for i, scale in enumerate(scales):
+        gradient = gradients[i]
+        gradients[i] = None if gradient is None else dense(gradient) * scale
+
+
 @dataclass(frozen=True)
 class Ascent:
     """Result of an ascent step: scalars on the parameters' device.
@@ -249,6 +257,7 @@ def ascended(
     rho: float,
     rewritten: Sequence[Tensor | None] = (),
     rise: Tensor | None = None,
+    adaptive: bool = False,
 ) -> Iterator[Ascent]:
     r"""Within this context the parameters are :math:`w + \epsilon,\ \epsilon = \rho\,g/\|g\|`; afterwards they are w.
 
@@ -261,15 +270,21 @@ def ascended(
         rewritten: as for :func:`restored`.
         rise: R, scalar. Shortens the radius to :math:`\min(\rho, R/\|g\|)`: to first order, what has the gradient g
             rises by no more than R.
+        adaptive: whether :math:`\epsilon = \rho\,T_w^2 g/\|T_w g\|` instead, with the scale of
+            :func:`~deltasam_plugin.adaptive.filter_scale`. Then g means :math:`T_w g` above and in the result.
 
     Reference: Foret et al. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
     """
-    norm = global_norm(gradient for gradient in gradients if gradient is not None)
-    usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny)  # below it g/‖g‖ has no precision left
-    unit = torch.where(usable, norm, 1)
     with restored(parameters, rewritten) as originals:
+        every = zip(parameters, originals, strict=True)
+        scales = [filter_scale(old if p.master is None else p.value) for p, old in every] if adaptive else []
+        _stretch(gradients, scales)
+        norm = global_norm(gradient for gradient in gradients if gradient is not None)
+        usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny)  # below it g/‖g‖ has no precision left
+        unit = torch.where(usable, norm, 1)
         # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
         radius = torch.full_like(norm, rho) if rise is None else (rise.to(norm) / unit).clamp(max=rho)
+        _stretch(gradients, scales)
         displace(parameters, originals, gradients, torch.where(usable, radius, 0), unit)
         moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
         gradients.clear()

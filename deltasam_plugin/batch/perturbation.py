@@ -104,7 +104,8 @@ class BatchPerturbation:
             del objective  # frees what is left of the first graph
             budget = self._settings.loss_budget
             rise = None if budget is None else budget * scale.abs() / uniform
-            with ascended(self._parameters, gradients, self._rho, rewritten, rise) as ascent:
+            adaptive = self._settings.adaptive
+            with ascended(self._parameters, gradients, self._rho, rewritten, rise, adaptive) as ascent:
                 norm = ascent.gradient_norm * uniform / scale.abs()
                 statistics.fill(
                     ess=effective_sample_size(all_weights),

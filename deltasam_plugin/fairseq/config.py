@@ -47,6 +47,13 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
         default=None,
         metadata={"help": "by how much the loss of a sample may rise, in nats: shortens the radius; default: none"},
     )
+    sam_group: int = field(
+        default=Settings.group, metadata={"help": "with instance: so many samples in a row share a perturbation"}
+    )
+    sam_adaptive: bool = field(
+        default=Settings.adaptive,
+        metadata={"help": "perturb each filter, such as a row of a matrix, in proportion to its norm (ASAM)"},
+    )
     sam_interval: int = field(
         default=Settings.interval, metadata={"help": "every N-th update is sharpness-aware, plain ones are between"}
     )

@@ -9,20 +9,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from deltasam_plugin.adaptive import filter_scale
 from deltasam_plugin.checks import is_power_of_two
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
-from deltasam_plugin.instance.layout import Listed
+from deltasam_plugin.instance.layout import Listed, merged
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
@@ -47,11 +50,13 @@ class Solution:
     Attributes:
         perturbation: of every sample.
         calls: what the second pass must repeat, in order.
+        sizes: how many samples each perturbation is shared by, (B,).
         checked: whether this batch was compared with autograd.
     """
 
     perturbation: PerSamplePerturbation
     calls: list[PlannedCall]
+    sizes: Tensor
     checked: bool
 
 
@@ -66,6 +71,9 @@ class InstanceEngine:
         parameters: a module, or its parameters by name. Those that require a gradient are perturbed.
         rho: radius, L2 norm in parameter space.
         loss_budget: C; shortens the radius to :math:`\min(\rho, C/\|g_i\|)`.
+        group: M samples in a row share a perturbation, that of their summed loss, as if they were one sample.
+        adaptive: whether filters are perturbed in proportion to their size, see
+            :func:`~deltasam_plugin.adaptive.filter_scale`.
 
     Example:
         >>> engine = InstanceEngine(model, rho=0.05)
@@ -81,13 +89,15 @@ class InstanceEngine:
         parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
         rho: float,
         loss_budget: float | None = None,
+        group: int = 1,
+        adaptive: bool = False,
     ) -> None:
         if not (math.isfinite(rho) and rho >= 0):
             raise ValueError(f"Invalid rho={rho}. Must be finite and >= 0.")
         named = list(parameters.named_parameters() if isinstance(parameters, nn.Module) else parameters)
         if twice := [name for name, count in Counter(name for name, _ in named).items() if count > 1]:
             raise ValueError(f"Several parameters of the same name: {', '.join(twice)}. Must be unique: add a prefix.")
-        self.rho, self.loss_budget = rho, loss_budget
+        self.rho, self.loss_budget, self.group, self.adaptive = rho, loss_budget, group, adaptive
         self._parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._coverage = Coverage(self._parameters)
         self._ownership = Ownership()
@@ -150,20 +160,28 @@ class InstanceEngine:
             gradients = found[: len(calls)]
             groupings, reasons = self._ownership.groupings(calls, gradients, scaled, losses.numel(), rows)
             self._coverage.exclude({**_detached_uses(calls, gradients, tape.superseded), **reasons})
-            planned = plan_calls(calls, groupings, self._coverage)
+            groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
+            planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             if true:
                 shapes = {call.weight.upright: call.weight_shape for call in planned if call.weight is not None}
                 eps = max((torch.finfo(g.dtype).eps for g in gradients if g is not None), default=0.0)
                 totals = _accumulated(list(zip(calls, planned, gradients))).totals(shapes)
                 if self._coverage.exclude(self._coverage.verify(true, totals, eps)):
-                    planned = plan_calls(calls, groupings, self._coverage)
+                    planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             work = list(zip(calls, planned, gradients))
             del found, calls, gradients, true
             per_sample = _accumulated(work)
             self._coverage.warn()
-            rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget
-            perturbation = per_sample.perturbation(losses.detach(), self.rho if rho is None else rho, rise)
-            return Solution(perturbation, planned, bool(scaled))
+            sizes = torch.ones_like(losses).split(self.group)
+            sizes = torch.stack([size.sum() for size in sizes])
+            rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget * sizes
+            scale_of = cache(self._scale_of) if self.adaptive else None
+            perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
+            return Solution(perturbation, planned, sizes, bool(scaled))
+
+    def _scale_of(self, part: ParameterSlice) -> Tensor:
+        scale = filter_scale(self._parameters[part.name])
+        return scale[part.start : part.stop] if scale.dim() else scale
 
     def _is_to_be_checked(self) -> bool:
         """Whether rows and coverage are compared with autograd in this batch, though nothing new was seen."""
@@ -172,7 +190,7 @@ class InstanceEngine:
         return scheduled or is_power_of_two(self._batches)
 
     def refuse_mixed_values(self, solution: Solution, losses: Tensor, replay: Callable[[], Tensor]) -> None:
-        """Perturb every other sample alone: the losses of the others must stay what they are.
+        """Perturb every other sample, or group, alone: the losses of the others must stay what they are.
 
         Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
         a row without gradient at w that belongs to another sample than it seems.
@@ -185,13 +203,14 @@ class InstanceEngine:
         Raises:
             Refused: they do not.
         """
-        even = torch.arange(losses.numel(), device=losses.device) % 2 == 0
+        of_sample = torch.arange(losses.numel(), device=losses.device) // self.group
+        even = torch.arange(len(solution.sizes), device=losses.device) % 2 == 0
         allowed = torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max()
-        changed = torch.zeros_like(even)
+        changed = torch.zeros_like(losses, dtype=torch.bool)
         for chosen in (even, ~even):
-            half = Solution(solution.perturbation.of_samples(chosen), solution.calls, solution.checked)
+            half = replace(solution, perturbation=solution.perturbation.of_samples(chosen))
             with self.perturbed(half), forward_only():
-                changed |= ~chosen & ((replay().detach() - losses).abs() > allowed)
+                changed |= ~chosen[of_sample] & ((replay().detach() - losses).abs() > allowed)
         if bool(changed.any()):
             raise Refused(
                 "Per-instance perturbation: the loss of a sample changes with the perturbation of another, though no "

@@ -8,7 +8,7 @@ the entries of all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.precision import at_least_float32
 
 SMALL = 2**14  # numbers in a sample's gradient that is joined with others
+ScaleOf = Callable[[ParameterSlice], Tensor]
 
 
 def grouped(grouping: Grouping, rows: Tensor) -> Tensor:
@@ -120,15 +121,38 @@ class PerSampleGradients:
         small = [self.formed[part].flatten(1) for part in self._small()]
         return torch.cat(small, dim=1) if small else None
 
-    def perturbation(self, losses: Tensor, rho: float, rise: Tensor | None = None) -> PerSamplePerturbation:
+    def _stretch(self, scale_of: ScaleOf) -> None:
+        """Multiply every gradient with the scale of its parameter."""
+        for part, gradients in self.formed.items():
+            gradients.mul_(scale_of(part))
+        for part, factors in self.factors.items():
+            scale = scale_of(part).flatten()
+            factors[:] = [
+                Factor(f.left, f.right * scale[f.left].unsqueeze(2)) if f.indexed else Factor(f.left * scale, f.right)
+                for f in factors
+            ]
+
+    def perturbation(
+        self, losses: Tensor, rho: float, rise: Tensor | None = None, scale_of: ScaleOf | None = None
+    ) -> PerSamplePerturbation:
         """The perturbation along each sample's gradient, where that has a direction. Spends `self`.
 
         Args:
             losses: (B,).
             rho, rise: as for :func:`~deltasam_plugin.instance.factored.step_sizes`.
+            scale_of: from a part of a parameter to the scale of its filters, see
+                :func:`~deltasam_plugin.adaptive.filter_scale`. Norms are those of the scaled gradients then. No factor
+                may carry a bias.
         """
+        if scale_of is not None:
+            self._stretch(scale_of)
         joined = self._joined()
         norms, steps = step_sizes(self._squared_norms(losses, joined), rho, rise)
+        lengths = steps * norms
+        if scale_of is not None:
+            self._stretch(scale_of)
+            joined = self._joined()
+            lengths = steps * self._squared_norms(losses, joined).sqrt()
         finite = torch.isfinite(norms)
         # A GPU is not waited for. There such a sample makes the whole gradient non-finite, as it does at w itself.
         if not norms.is_cuda and not bool(finite.all()):
@@ -143,7 +167,8 @@ class PerSampleGradients:
             pieces = joined.mul_(steps.to(joined.dtype).unsqueeze(1)).split([s.numel() for s in shapes.values()], dim=1)
             scaled = {part: piece.unflatten(1, shape) for (part, shape), piece in zip(shapes.items(), pieces)}
         dtype = torch.promote_types(losses.dtype, torch.float32)
-        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), dict(self.factors), self.formed, scaled)
+        lengths = torch.where(steps > 0, lengths, 0).to(dtype)
+        return PerSamplePerturbation(norms.to(dtype), steps.to(dtype), lengths, dict(self.factors), self.formed, scaled)
 
 
 def _where(finite: Tensor, values: Tensor) -> Tensor:
@@ -158,17 +183,19 @@ class PerSamplePerturbation:
     Attributes:
         norms: :math:`\|g_i\|` of the scaled losses, (B,), at least fp32.
         steps: :math:`s_i`, (B,), of the same type; 0 where the norm is zero or not finite.
+        lengths: :math:`\|\epsilon_i\|`, (B,).
     """
 
     def __init__(
         self,
         norms: Tensor,
         steps: Tensor,
+        lengths: Tensor,
         factors: dict[ParameterSlice, list[Factor]],
         formed: dict[ParameterSlice, Tensor],
         scaled: dict[ParameterSlice, Tensor],
     ) -> None:
-        self.norms, self.steps = norms, steps
+        self.norms, self.steps, self.lengths = norms, steps, lengths
         self._factors, self._formed, self._scaled = factors, formed, scaled
         self._own: dict[ParameterSlice, tuple[Tensor, Tensor]] = {}  # W + sG, and W
         self._once = Memo(size=1)
@@ -232,7 +259,9 @@ class PerSamplePerturbation:
         """The same for the chosen samples, (B,) bool; none for the others. A copy."""
         formed = {part: gradients.clone() for part, gradients in self._formed.items()}
         scaled = {part: step * chosen.view(-1, *[1] * (step.dim() - 1)) for part, step in self._scaled.items()}
-        return PerSamplePerturbation(self.norms, self.steps * chosen, self._factors, formed, scaled)
+        return PerSamplePerturbation(
+            self.norms, self.steps * chosen, self.lengths * chosen, self._factors, formed, scaled
+        )
 
     def release(self) -> None:
         """Leave what backward still needs to the graph, which frees it layer by layer."""

@@ -127,6 +127,43 @@ class Listed(Grouping):
 
 
 @dataclass(frozen=True)
+class _Merged(Grouping):
+    """Several samples in a row as one; what the last one lacks are missing rows."""
+
+    base: Grouping
+    size: int
+
+    @property
+    def leading_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.base.leading_shape
+
+    @property
+    def batch(self) -> int:  # type: ignore[override]
+        return -(-self.base.batch // self.size)
+
+    @property
+    def rows_per_sample(self) -> int:  # type: ignore[override]
+        return self.base.rows_per_sample * self.size
+
+    def group(self, rows: Tensor) -> Tensor:
+        grouped = self.base.group(rows)
+        lacking = self.batch * self.size - self.base.batch
+        if lacking:
+            grouped = torch.cat([grouped, grouped.new_zeros(lacking, *grouped.shape[1:])])
+        return grouped.reshape(self.batch, self.rows_per_sample, *grouped.shape[2:])
+
+    def ungroup(self, grouped: Tensor) -> Tensor:
+        parts = grouped.reshape(self.batch * self.size, self.base.rows_per_sample, *grouped.shape[2:])
+        return self.base.ungroup(parts[: self.base.batch])
+
+
+def merged(grouping: Grouping, size: int) -> Grouping:
+    """The rows of `size` samples, one after the other, as those of one."""
+    size = min(size, grouping.batch)
+    return grouping if size == 1 else _Merged(grouping, size)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the sample's index sits among a call's leading dimensions.
 

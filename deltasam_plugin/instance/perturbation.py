@@ -63,15 +63,15 @@ class InstancePerturbation:
                 del tape, losses  # frees what is left of the first graph
                 if solution.checked:
                     self._engine.refuse_mixed_values(solution, at_w, replay)
-            norms, steps = solution.perturbation.norms, solution.perturbation.steps
-            moved, budget = steps > 0, self._engine.loss_budget is not None
-            norms_at_w = torch.where(moved, norms / scale.abs(), 0)
+            norms, lengths = solution.perturbation.norms, solution.perturbation.lengths
+            moved, constant = lengths > 0, self._engine.loss_budget is None and not self._engine.adaptive
+            norms_at_w = torch.where(moved, norms / (scale.abs() * solution.sizes), 0)
             statistics.fill(
                 ess=norms.new_ones(()),
                 weight_max=norms.new_ones(()),
                 ascent_gnorm=norms_at_w.mean(),
                 ascent_gnorm_std=norms_at_w.std(correction=0),
-                eps_norm=(steps * norms).sum() / moved.sum().clamp(min=1) if budget else self._rho * moved.any(),
+                eps_norm=self._rho * moved.any() if constant else lengths.sum() / moved.sum().clamp(min=1),
                 skipped=~moved.any(),
             )
             overflowed = ~torch.isfinite(norms).all()

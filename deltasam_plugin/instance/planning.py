@@ -18,7 +18,10 @@ TRAFFIC = 90  # measured by benchmarks/forms.py, on a CPU
 
 
 def plan_calls(
-    calls: Sequence[RecordedCall], groupings: Sequence[Grouping | None], coverage: Coverage
+    calls: Sequence[RecordedCall],
+    groupings: Sequence[Grouping | None],
+    coverage: Coverage,
+    affine: bool = True,
 ) -> list[PlannedCall]:
     """Decide for every call what is perturbed, and for every matrix in which form its gradients are kept.
 
@@ -26,6 +29,7 @@ def plan_calls(
         calls: of the first pass.
         groupings: of their rows; None where no loss depends on them.
         coverage: of the parameters.
+        affine: whether a bias may be part of the factors of its layer's matrix.
     """
     planned = [_planned(call, grouping, coverage) for call, grouping in zip(calls, groupings)]
     uses: defaultdict[ParameterSlice, list[int]] = defaultdict(list)
@@ -48,7 +52,8 @@ def plan_calls(
         bias = users[0].bias
         turned = any(call.weight is not None and call.weight.transposed for call in users)
         together = (
-            not turned
+            affine
+            and not turned
             and bias is not None
             and all(call.bias == bias for call in users)
             and len(uses[bias]) == len(users)

@@ -180,6 +180,8 @@ class Plan:
     parts: tuple[tuple[Callable[..., nn.Module], int], ...]
     grouping: str
     factors: str
+    group: int
+    adaptive: bool
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -195,6 +197,8 @@ class Plan:
             tuple((kind, draw.randrange(10**6)) for kind in kinds),
             draw.choice(grouping),
             draw.choice(["one"] * 4 + ["some zero", "zero at first", "small", "large"]),
+            draw.choice([1, 1, 1, 2, 3, 9]),
+            draw.random() < 0.25,
         )
 
     def batches(self) -> list[Batch]:
@@ -235,6 +239,7 @@ class Plan:
         """The model and its batches, a line each."""
         model = Model(self)
         lines = [f"seed {self.seed}: width {self.width}, rho {self.rho}, {self.grouping}, factors {self.factors}"]
+        lines += [f"  {self.group} samples a perturbation{', adaptive' if self.adaptive else ''}"]
         lines += [f"  frozen: {model.frozen}{'' if model.training else '; eval()'}"]
         for part in model.parts:
             assert isinstance(part, Source | Head | Block)
@@ -246,7 +251,7 @@ class Plan:
     def run(self) -> list[Verdict]:
         """Train, up to the first step that is refused or wrong; one verdict a step."""
         model, verdicts = Model(self), []
-        comparison = Comparison(model.optimized, self.rho)
+        comparison = Comparison(model.optimized, self.rho, group=self.group, adaptive=self.adaptive)
         for batch in self.batches():
             if batch.step == 2:
                 model.thaw()

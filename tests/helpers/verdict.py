@@ -55,20 +55,31 @@ class Comparison:
         parameters: as for the optimizer.
         rho: radius.
         tolerance: relative error of the correction G − ḡ that counts as exact.
+        group, adaptive: as for the optimizer.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], rho: float, tolerance: float = TOLERANCE) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        rho: float,
+        tolerance: float = TOLERANCE,
+        group: int = 1,
+        adaptive: bool = False,
+    ) -> None:
         self._all = list(parameters)
         self._rho, self._tolerance = rho, tolerance
+        self._group, self._adaptive = group, adaptive
         self._unperturbed: set[int] = set()
         self._seen: list[Tensor] = []
-        self.optimizer = DeltaSAM(self._all, torch.optim.SGD, rho=rho, perturbation="instance", lr=1.0)
+        self.optimizer = DeltaSAM(
+            self._all, torch.optim.SGD, rho=rho, perturbation="instance", group=group, adaptive=adaptive, lr=1.0
+        )
         self.optimizer.register_step_pre_hook(self._look)
 
     def step(self, losses: Losses, seed: int = 0) -> Verdict:
         """One update. It draws its random numbers from `seed`."""
         parameters = [p for p in self._all if p.requires_grad]
-        expected = oracle(losses, parameters, self._rho, seed)
+        expected = self._oracle(losses, seed)
         before = [p.detach().clone() for p in parameters]
         seed_all(seed)
         try:
@@ -85,9 +96,13 @@ class Comparison:
         if self._unperturbed:
             after = [p.detach().clone() for p in parameters]
             _set(parameters, before)
-            expected = oracle(losses, parameters, self._rho, seed, self._unperturbed)
+            expected = self._oracle(losses, seed)
             _set(parameters, after)
         return self._judge(parameters, *expected, value)
+
+    def _oracle(self, losses: Losses, seed: int) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        parameters = [p for p in self._all if p.requires_grad]
+        return oracle(losses, parameters, self._rho, seed, self._unperturbed, self._group, self._adaptive)
 
     def _judge(
         self, parameters: list[Tensor], base: list[Tensor], perturbed: list[Tensor], expected: Tensor, value: Tensor
@@ -114,9 +129,15 @@ class Comparison:
 
 
 def oracle(
-    losses: Losses, parameters: list[Tensor], rho: float, seed: int, unperturbed: Iterable[int] = ()
+    losses: Losses,
+    parameters: list[Tensor],
+    rho: float,
+    seed: int,
+    unperturbed: Iterable[int] = (),
+    group: int = 1,
+    adaptive: bool = False,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """ḡ, the mean of ∇ℓᵢ(w + ρgᵢ/‖gᵢ‖) and the mean loss, by a loop over the samples.
+    """ḡ, the mean of ∇ℓᵢ(w + ρgᵢ/‖gᵢ‖) and the mean loss, by a loop over the samples or groups of them.
 
     Args:
         losses: draws its random numbers from torch and Python.
@@ -124,11 +145,13 @@ def oracle(
         rho: radius.
         seed: of the random numbers.
         unperturbed: ids of parameters that stay where they are.
+        group: samples in a row that share a perturbation.
+        adaptive: whether it is ρT²g/‖Tg‖ with T the norm of a parameter's filters plus 0.01.
     """
 
-    def gradient(i: int) -> list[Tensor]:
+    def gradient(part: Tensor) -> list[Tensor]:
         seed_all(seed)
-        value = losses()[i]
+        value = losses()[part].sum()
         if not value.requires_grad:
             return [torch.zeros_like(p) for p in parameters]
         found = torch.autograd.grad(value, parameters, allow_unused=True)
@@ -138,13 +161,15 @@ def oracle(
     values = losses().detach()
     base, perturbed = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     originals = [p.detach().clone() for p in parameters]
-    for i in range(len(values)):
-        own = gradient(i)
-        ascent = [torch.zeros_like(g) if id(p) in unperturbed else g for p, g in zip(parameters, own)]
+    scales = [_filter_norms(o) + 0.01 if adaptive else torch.ones_like(o) for o in originals]
+    for part in torch.arange(len(values)).split(group):
+        own = gradient(part)
+        ascent = [torch.zeros_like(g) if id(p) in unperturbed else t * g for p, t, g in zip(parameters, scales, own)]
         length = _norm(ascent)
-        _set(parameters, [o + (rho / length if length else 0.0) * a for o, a in zip(originals, ascent)])
+        factor = rho / length if length else 0.0
+        _set(parameters, [o + factor * t * a for o, t, a in zip(originals, scales, ascent)])
         try:
-            moved = gradient(i)
+            moved = gradient(part)
         finally:
             _set(parameters, originals)
         for total, g in zip([*base, *perturbed], [*own, *moved]):
@@ -156,6 +181,12 @@ def seed_all(seed: int) -> None:
     """Seed what models draw from."""
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+def _filter_norms(value: Tensor) -> Tensor:
+    if value.dim() < 2:
+        return value.abs()
+    return torch.stack([row.norm().expand_as(row) for row in value])
 
 
 def _set(parameters: list[Tensor], values: list[Tensor]) -> None:

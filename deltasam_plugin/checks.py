@@ -121,7 +121,7 @@ class Checks:
 
 
 def is_power_of_two(count: int) -> bool:
-    """Whether a positive number is one: what is checked then costs nothing in the long run."""
+    """Whether a positive number is a power of two. Checks on such batches cost nothing in the long run."""
     return count.bit_count() == 1
 
 

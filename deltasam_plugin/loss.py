@@ -77,9 +77,9 @@ class Statistics:
         sharpness: L at the perturbed weights − L(w), in the unit of the loss (a sum over the batch, natural logarithm).
         ess: effective sample size of the weights as a share of the batch.
         weight_max: B · max v.
-        ascent_gnorm: ‖Σ vᵢgᵢ‖; per instance: the mean of ‖gᵢ‖.
-        ascent_gnorm_std: per instance: the standard deviation of ‖gᵢ‖; else 0.
-        eps_norm: L2 norm by which the weights really moved; per instance: the mean radius.
+        ascent_gnorm: ‖Σ vᵢgᵢ‖; in instance mode: the mean of ‖gᵢ‖.
+        ascent_gnorm_std: in instance mode: the standard deviation of ‖gᵢ‖; else 0.
+        eps_norm: L2 norm by which the weights really moved; in instance mode: the mean radius.
         skipped: 1 if the ascent was skipped, else 0.
         probes_failed: number of probes that gave a non-finite measurement where the loss at w is finite.
         probes_lost: share of the samples in which the probes saw nothing but rounding.

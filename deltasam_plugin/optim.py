@@ -34,7 +34,7 @@ class DeltaSAM(Optimizer):
     Args:
         params: parameters or parameter groups, as for any torch optimizer.
         base_optimizer: class of the base optimizer, e.g. ``torch.optim.AdamW``.
-        rho: radius, L2 norm of the perturbation in parameter space; by default 0.05, for instances 0.01.
+        rho: radius, L2 norm of the perturbation in parameter space; by default 0.05, in instance mode 0.01.
         weighting: weights of the samples in the ascent: ``curvature``, ``kl``, ``gradient_norm``, ``normalized``,
             ``uniform`` (plain SAM), or one registered with ``deltasam_plugin.weighting``.
         probes: number of probes per step. Each is two forward passes for ``curvature``, one for the others, none for
@@ -45,7 +45,7 @@ class DeltaSAM(Optimizer):
         parameters: regular expression; only parameters in whose name it is found are perturbed. Needs named parameters:
             ``DeltaSAM(model.named_parameters(), ...)``, with torch 2.6 and newer.
         loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
-        group: for instances: so many samples in a row of the batch share a perturbation.
+        group: in instance mode, so many samples in a row of the batch share a perturbation.
         adaptive: filters, such as the rows of a matrix, are perturbed in proportion to their norms (ASAM).
         interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
         warmup_updates: the radius grows linearly over so many steps.

@@ -19,8 +19,8 @@ class Settings:
     r"""The settings of δ-SAM, validated on construction.
 
     Args:
-        rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space. By default 0.05, for
-            instances 0.01.
+        rho: radius :math:`\rho \ge 0`, the L2 norm of the perturbation in parameter space. By default 0.05, in
+            instance mode 0.01.
         weighting: name of the weighting of the samples in the ascent, one of ``WEIGHTINGS``.
         probes: number K >= 1 of probes that the weighting averages.
         probe_scale: expected length of a probe's displacement, as a fraction of the L2 norm of the parameters
@@ -33,8 +33,8 @@ class Settings:
         parameters: regular expression. Only parameters with a name in which it is found are perturbed, probed and
             counted; by default all are.
         loss_budget: C > 0, in nats a sample. The radius is at most :math:`C/\|g\|`, so that to first order the mean
-            loss of the samples rises by no more than C; for instances the loss of each. By default there is no budget.
-        group: M >= 1. For instances: so many samples in a row of a batch share a perturbation, that of their summed
+            loss of the samples rises by no more than C; in instance mode each loss. By default there is no budget.
+        group: M >= 1. In instance mode so many samples in a row of a batch share a perturbation, that of their summed
             loss (m-sharpness). With M = B it is SAM.
         adaptive: filters are perturbed in proportion to their size, and the radius is measured in that proportion. See
             :func:`~deltasam_plugin.adaptive.filter_scale`.

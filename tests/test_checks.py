@@ -148,7 +148,7 @@ def seed_everything():
 
 @modes
 @pytest.mark.parametrize("kind", REFUSED)
-@pytest.mark.filterwarnings("ignore:Per-instance perturbation leaves unperturbed")
+@pytest.mark.filterwarnings("ignore:Instance mode leaves unperturbed")
 def test_a_forward_pass_that_cannot_be_replayed_is_refused(kind, mode):
     model = kind()
     optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.1, **mode)
@@ -162,7 +162,7 @@ def test_a_forward_pass_that_cannot_be_replayed_is_refused(kind, mode):
 
 @modes
 @pytest.mark.parametrize("kind", [OldSpectralNorm, SpectralNorm])
-@pytest.mark.filterwarnings("ignore:Per-instance perturbation leaves unperturbed")
+@pytest.mark.filterwarnings("ignore:Instance mode leaves unperturbed")
 def test_spectral_norm_is_refused_although_its_vectors_may_have_converged(kind, mode):
     model = kind()
     optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, lr=0.1, **mode)

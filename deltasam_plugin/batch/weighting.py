@@ -200,8 +200,10 @@ def sample_weights(weighting: Weighting, measured: Tensor, floor: Tensor) -> Ten
 
 
 def root_mean_square(measured: Tensor) -> Tensor:
-    """Over the first dimension, (K, B) to (B,). The largest is factored out: squares of huge or tiny ones would leave
-    the range of the numbers."""
+    """Over the first dimension, (K, B) to (B,).
+
+    The largest is factored out. The squares of huge or tiny numbers would leave the range of double precision.
+    """
     peak = measured.abs().amax()
     scaled = measured / torch.where(peak > 0, peak, 1)
     return scaled.square().mean(dim=0).sqrt() * peak

@@ -1,4 +1,4 @@
-r"""Exact per-instance perturbation at the price of SAM (``--sam-perturbation instance``).
+r"""Exact perturbation of every sample at the price of SAM (``--sam-perturbation instance``).
 
 .. math:: G^* = \sum_i \nabla\ell_i(w + \epsilon_i), \qquad \epsilon_i = s_i g_i, \quad s_i = \rho / \|g_i\|
 

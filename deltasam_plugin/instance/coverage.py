@@ -42,7 +42,7 @@ class Coverage:
         return [self._parameters[name] for name in self._uncovered]
 
     def covers(self, part: ParameterSlice | None) -> bool:
-        """Whether the parameter is one, and perturbed."""
+        """Whether this is a parameter that is perturbed."""
         return part is not None and part.name not in self._uncovered
 
     def exclude(self, reasons: Mapping[str, str]) -> bool:
@@ -58,7 +58,7 @@ class Coverage:
         self._uncovered = {**reasons, **self._uncovered}
         if self._share() > TOLERATED:
             raise Refused(
-                f"Per-instance perturbation does not cover {self._listing()}. Must be at most {TOLERATED:.0%}: linear, "
+                f"Instance mode does not cover {self._listing()}. Must be at most {TOLERATED:.0%}: linear, "
                 "embedding, normalization and convolution layers are covered, recurrent layers and parameters used in "
                 f"other arithmetic are not. Each row of a layer must belong to one sample: batch normalization in "
                 "training and in-batch negatives do not qualify. Where rows are in no order, say which sample each is "
@@ -69,7 +69,7 @@ class Coverage:
     def warn(self) -> None:
         """Name what stays unperturbed, once."""
         if len(self._uncovered) > self._warned:
-            warnings.warn(f"Per-instance perturbation leaves unperturbed {self._listing()}.", stacklevel=4)
+            warnings.warn(f"Instance mode leaves unperturbed {self._listing()}.", stacklevel=4)
         self._warned = len(self._uncovered)
 
     def _share(self) -> float:

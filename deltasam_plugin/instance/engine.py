@@ -38,8 +38,8 @@ ALWAYS_CHECKED = 16  # batches; later the powers of two
 CHECK_INTERVAL = 1000  # and the multiples of this
 
 CHECKPOINTED = (
-    "Per-instance perturbation of a model with activation checkpointing: it runs layers again in backward, where they "
-    f"are not recorded. Leave it out, or {REMEDY}."
+    "Instance mode with activation checkpointing, which runs layers again in backward, where they are not recorded. "
+    f"Leave it out, or {REMEDY}."
 )
 
 
@@ -61,7 +61,7 @@ class Solution:
 
 
 class InstanceEngine:
-    r"""Exact per-instance perturbation: :math:`G^* = \sum_i \nabla\ell_i(w + \rho\, g_i / \|g_i\|)`.
+    r"""Exact perturbation of every sample: :math:`G^* = \sum_i \nabla\ell_i(w + \rho\, g_i / \|g_i\|)`.
 
     The perturbation of sample i is a multiple of its own gradient, of rank at most T in a layer that is applied to T
     rows. The perturbed layer's output therefore follows from the inputs and output gradients of a first pass, in matrix
@@ -213,7 +213,7 @@ class InstanceEngine:
                 changed |= ~chosen[of_sample] & ((replay().detach() - losses).abs() > allowed)
         if bool(changed.any()):
             raise Refused(
-                "Per-instance perturbation: the loss of a sample changes with the perturbation of another, though no "
+                "Instance mode: the loss of a sample changes with the perturbation of another, though no "
                 "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "
                 f"not even behind detach(). Otherwise {REMEDY}."
             )
@@ -294,7 +294,7 @@ def _not_a_replay(call: PlannedCall | None, key: CallKey | None = None, leading_
     expected = "no further call" if call is None else f"{call.key} with leading sizes {call.leading_shape}"
     found = "ends" if key is None else f"calls {key} with leading sizes {leading_shape}"
     return (
-        f"Per-instance perturbation: the second pass {found} where the first had {expected}. Both passes must run the "
+        f"Instance mode: the second pass {found} where the first had {expected}. Both passes must run the "
         "same layers: replay the random numbers, on the same batch. With activation checkpointing, "
         f"{REMEDY}."
     )

@@ -1,6 +1,6 @@
-r"""Per-instance gradients in factored form: norms, inner products and perturbed layers without per-instance weights.
+r"""Per-sample gradients in factored form: norms, inner products and perturbed layers without per-sample weights.
 
-The gradient of one instance with respect to a matrix W (n, m) that was applied to T rows is a sum of T outer products,
+The gradient of one sample with respect to a matrix W (n, m) that was applied to T rows is a sum of T outer products,
 
 .. math:: G_i = \sum_{t=1}^{T} l_{it}\, r_{it}^\top \in \mathbb{R}^{n \times m},
 
@@ -8,7 +8,7 @@ for a linear layer with l the output gradients and r the inputs; for an embeddin
 token and r the output gradient. It is never formed: every quantity here costs :math:`O(T^2 (m + n))` per instance, or
 :math:`O(T m n)` where that is cheaper.
 
-Shapes: B instances, T rows each (padded with zero rows), n outputs, m inputs. Products accumulate in fp32 at least.
+Shapes: B samples, T rows each (padded with zero rows), n outputs, m inputs. Products accumulate in fp32 at least.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deltasam_plugin.precision import at_least_float32
 
 @dataclass(frozen=True)
 class Factor:
-    r"""One use's share of the per-instance gradient of a matrix, :math:`G_i = \sum_t l_{it} r_{it}^\top`.
+    r"""One use's share of the per-sample gradient of a matrix, :math:`G_i = \sum_t l_{it} r_{it}^\top`.
 
     Attributes:
         left: (B, T, n) floating; or (B, T) integer, where row t stands for the unit vector of that index.
@@ -49,7 +49,7 @@ class Factor:
 
 
 def form(left: Tensor, right: Tensor) -> Tensor:
-    r"""The per-instance gradients themselves, :math:`G_i = \sum_t l_{it} r_{it}^\top`.
+    r"""The per-sample gradients themselves, :math:`G_i = \sum_t l_{it} r_{it}^\top`.
 
     Args:
         left: (B, T, n) floating.
@@ -144,7 +144,7 @@ def coefficients(right: Tensor, affine: bool, x: Tensor, steps: Tensor) -> Tenso
 
 
 def lookup(factor: Factor, index: Tensor) -> Tensor:
-    r"""Rows of the per-instance gradient, :math:`G_i[v_q]`.
+    r"""Rows of the per-sample gradient, :math:`G_i[v_q]`.
 
     Args:
         factor: G.

@@ -17,7 +17,7 @@ from deltasam_plugin.replay import Conditions, unchanged_versions
 
 
 class InstancePerturbation:
-    r""":math:`\epsilon_i = \rho\, g_i / \|g_i\|` for every instance of one (micro-)batch.
+    r""":math:`\epsilon_i = \rho\, g_i / \|g_i\|` for every sample of one (micro-)batch.
 
     Args:
         engine: of the model, kept from batch to batch.
@@ -45,8 +45,8 @@ class InstancePerturbation:
                 self._checks.replay(objective, forward, conditions, dtypes)
         if objective.shared is not None:
             raise Refused(
-                "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample: it has no "
-                "instance to be perturbed for. Choose --sam-perturbation batch."
+                "Instance mode with a loss of which a part belongs to the batch and to no sample: no sample can be "
+                "perturbed for it. Choose --sam-perturbation batch."
             )
         tape.rows, losses = objective.rows, objective.losses
 

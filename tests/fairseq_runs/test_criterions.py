@@ -103,7 +103,7 @@ def test_weights_are_restored(
     assert all(0 < share <= 1 for share in values["sam_ess"])
 
 
-SHARED = "Per-instance perturbation of a loss with a part that belongs to the batch and to no sample"
+SHARED = "Instance mode with a loss of which a part belongs to the batch and to no sample"
 REFUSED_PER_INSTANCE = {
     "adaptive_loss lstm": "does not cover .* of the weights",
     "batch norm": "several samples' losses depend on the same rows",

@@ -207,7 +207,7 @@ def test_plugin_leaves_other_runs_alone(translation_data: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("architecture", "mode", "message"),
     [
-        ("lstm", "instance", "Per-instance perturbation does not cover "),
+        ("lstm", "instance", "Instance mode does not cover "),
         ("remembering", "batch", "The forward pass cannot be replayed: "),
     ],
 )

@@ -1,4 +1,4 @@
-r"""What the engine has to know of a kind of layer.
+r"""What the engine must know about a kind of layer.
 
 Each kind is described by four things: how a call is read, which rows it runs on, which per-sample gradients an output
 gradient stands for, and what a second pass adds to the output:
@@ -47,8 +47,14 @@ class CallArguments:
 
 
 class CallKey(NamedTuple):
-    """Names a call from pass to pass: which layer, which parameters, the number of such calls before it, and how many
-    leading dimensions."""
+    """What identifies a call from pass to pass.
+
+    Attributes:
+        layer: name of its kind.
+        weight, bias: the parameters that it uses.
+        use: how many calls of this layer with these parameters came before it.
+        rank: how many leading dimensions its input has.
+    """
 
     layer: str
     weight: ParameterSlice | None

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.measures import MEASURES
+from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.probing import probe
-from deltasam_plugin.batch.weighting import WEIGHTINGS, effective_sample_size, sample_weights
-from deltasam_plugin.loss import Logits, Objective
+from deltasam_plugin.batch.weighting import WEIGHTINGS, Weighting, effective_sample_size, sample_weights
+from deltasam_plugin.loss import Logits, Objective, sharpness_aware_loss
 from deltasam_plugin.precision import TF32, Rounding
+from deltasam_plugin.settings import Settings
 
 WORDS, LENGTH, BATCH = 12, 7, 32
 PROBING = ["curvature", "kl", "gradient_norm", "normalized"]
@@ -210,3 +213,29 @@ def test_tf32_is_coarse_on_cuda_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not Rounding.of({torch.float64}, [matrix]).coarse
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def test_the_step_of_half_precision_losses_is_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fp16 holds no number above 65504. The norm of the scaled gradient is larger."""
+    shares = torch.tensor([0.3, 1.0])
+    weighting = Weighting("shares", MEASURES["first_difference"], lambda magnitudes, probes: shares)
+    monkeypatch.setitem(WEIGHTINGS, "shares", weighting)
+    model = nn.Linear(64, 1, bias=False)
+    model.weight.data.zero_()
+    x = torch.stack([torch.full((64,), 3.0), torch.linspace(-2, 2, 64)])
+    seen = []
+
+    def forward() -> Objective:
+        seen.append(model.weight.detach().clone())
+        losses = model(x).squeeze(1).half()
+        return Objective(losses.sum(), losses)
+
+    perturbation = BatchPerturbation([PerturbedParameter(model.weight)], None, Settings(0.5, "shares"))
+    loss, statistics = sharpness_aware_loss(forward, lambda: forward().loss, perturbation, {torch.device("cpu")})
+    loss.backward(torch.tensor(8192.0).half())
+    direction = (shares.double() @ x.double()).unsqueeze(0)
+    torch.testing.assert_close(seen[-1].double(), 0.5 * direction / direction.norm(), rtol=1e-5, atol=1e-7)
+    weighted = 2 * direction.norm() / shares.double().sum()  # weights of mean one
+    assert 8192 * weighted > 65504
+    assert statistics.ascent_gnorm.item() == pytest.approx(weighted.item() / 2, rel=1e-3)  # fp16 rounds what enters it
+    assert statistics.eps_norm.item() == pytest.approx(0.5, rel=1e-5)

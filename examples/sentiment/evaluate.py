@@ -38,7 +38,7 @@ def evaluate(run: str) -> Result:
     return Result(valid_accuracy, test_accuracy, test_loss, sharpness(model, task.dataset("train"), RHO))
 
 
-def load(checkpoint: Path) -> tuple[Any, Any]:
+def load(checkpoint: Path, data: Path = DATA) -> tuple[Any, Any]:
     """Return the model and the task of a checkpoint."""
     for name in ("fairseq", "hydra"):  # their messages would bury the table
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -47,7 +47,7 @@ def load(checkpoint: Path) -> tuple[Any, Any]:
     import deltasam_plugin  # noqa: F401  (lets torch read fairseq's checkpoints)
 
     models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(DATA)}
+        [str(checkpoint)], arg_overrides={"data": str(data)}
     )
     return models[0].eval(), task
 

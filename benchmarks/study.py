@@ -1,0 +1,143 @@
+"""The rows of a study, and the tables made of them: tensors, models and files are elsewhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from scipy import stats
+
+from examples.common.experiment import table
+
+ALPHA = 0.05
+
+
+class Method(NamedTuple):
+    """A way of training.
+
+    Attributes:
+        options: of fairseq-train, with {} for the value of the method's own parameter.
+        values: of this parameter that are tried; empty if there is none.
+        length: how many times the usual number of updates.
+    """
+
+    options: str
+    values: tuple[float, ...]
+    length: int = 1
+
+
+class Row(NamedTuple):
+    """The result of one run. Accuracies are in percent, losses per sentence in base 2."""
+
+    noise: float
+    method: str
+    value: float | None
+    seed: int
+    phase: str
+    updates: int
+    valid_last: float
+    test_last: float
+    test_loss_last: float
+    valid_best: float
+    test_best: float
+    test_loss_best: float
+    relative_sharpness: float | None  # in training, last epoch: sharpness as a share of the loss
+    cpu_seconds: float
+
+    @classmethod
+    def read(cls, row: dict[str, str]) -> Row:
+        """From a row of the file."""
+        texts = ("method", "phase")
+        numbers = {name: int(row[name]) if name in ("seed", "updates") else _number(row[name]) for name in row
+                   if name not in texts}  # fmt: skip
+        return cls(**{**numbers, **{name: row[name] for name in texts}})
+
+    def written(self) -> list[str]:
+        """As a row of the file."""
+        return ["" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for x in self]
+
+
+def _number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def best_value(tried: Sequence[Row]) -> float | None:
+    """The value with the best validation accuracy after the last epoch, the least one among equals."""
+    best = max(tried, key=lambda row: (row.valid_last, -(row.value or 0)), default=None)
+    return None if best is None else best.value
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % confidence interval by Student's t. Needs two values at least."""
+    half = stats.t.ppf(1 - ALPHA / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return mean(values), float(half)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number by Holm's method."""
+    count, corrected, largest = len(p_values), [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(count), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (count - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def differences(rows: Sequence[Row], method: str, reference: str) -> list[float]:
+    """Test accuracy after the last epoch less that of the reference, over the seeds that both have."""
+    of = {name: {row.seed: row.test_last for row in rows if row.method == name} for name in (method, reference)}
+    return [of[method][seed] - of[reference][seed] for seed in sorted(of[method].keys() & of[reference].keys())]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """One table for each level of noise, over the runs that were not for tuning."""
+    return "\n\n".join(
+        f"Labels flipped: {noise:.0%}\n\n{_table([row for row in rows if row.noise == noise and row.phase == 'final'])}"
+        for noise in sorted({row.noise for row in rows})
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    names = list(dict.fromkeys(row.method for row in rows))
+    names = [name for name in names if sum(row.method == name for row in rows) > 1]
+    lines = [("method", "its parameter", "seeds", "test acc %, last epoch", "test acc %, best epoch", "test loss",
+              "− adam", "− sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
+    compared = {other: [name for name in names if name != other and _paired(rows, name, other)]
+                for other in ("adam", "sam")}  # fmt: skip
+    p_values = {
+        other: dict(zip(found, holm([_paired(rows, name, other)[2] for name in found])))
+        for other, found in compared.items()
+    }
+    adam = [row.cpu_seconds for row in rows if row.method == "adam"]
+    for name in names:
+        own = [row for row in rows if row.method == name]
+        sharpness = [row.relative_sharpness for row in own if row.relative_sharpness is not None]
+        cells = [name, "" if own[0].value is None else f"{own[0].value:g}", str(len(own))]
+        cells += [_shown(interval([row.test_last for row in own])), _shown(interval([row.test_best for row in own]))]
+        cells += [_shown(interval([row.test_loss_last for row in own]), 3)]
+        for other in ("adam", "sam"):
+            found = name in compared[other]
+            text = (
+                f"{_shown(_paired(rows, name, other)[:2], sign='+')} (p {p_values[other][name]:.2f})" if found else ""
+            )
+            cells.append(text)
+        cells.append(f"{mean(sharpness):.2f}" if sharpness else "")
+        cells.append(f"{mean(row.cpu_seconds for row in own) / mean(adam):.2f}" if adam else "")
+        lines.append(tuple(cells))
+    return table(lines)
+
+
+def _paired(rows: Sequence[Row], name: str, other: str) -> tuple[float, float, float] | tuple[()]:
+    """Mean difference, half its interval and the p-value of a paired t-test; nothing for less than two pairs."""
+    values = differences(rows, name, other)
+    if name == other or len(values) < 2:
+        return ()
+    centre, half = interval(values)
+    if stdev(values) == 0:
+        return centre, half, 1.0 if centre == 0 else 0.0
+    return centre, half, float(stats.ttest_1samp(values, 0).pvalue)
+
+
+def _shown(found: tuple[float, ...], digits: int = 1, sign: str = "") -> str:
+    return f"{found[0]:{sign}.{digits}f} ± {found[1]:.{digits}f}"

@@ -1,0 +1,121 @@
+"""The study of accuracies: its slices, its file, and its statistics."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from benchmarks import accuracy
+from benchmarks.accuracy import METHODS, NOISES, SEEDS, TUNING_SEED, Slice, flipped, wanted
+from benchmarks.study import Row, best_value, differences, holm, interval, tables
+
+P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+def row(method: str, seed: int, value: float | None = None, accuracy: float = 70.0, noise: float = 0.3) -> Row:
+    phase = "tuning" if seed == TUNING_SEED else "final"
+    return Row(noise, method, value, seed, phase, 1060, accuracy, accuracy, 0.9, accuracy, accuracy, 0.9, 0.1, 10.0)
+
+
+@given(P_VALUES)
+def test_holm_is_between_no_correction_and_bonferroni_and_keeps_the_order(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    for p, c in zip(p_values, corrected, strict=True):
+        assert p <= c <= min(1.0, len(p_values) * p)
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    assert [corrected[i] for i in order] == sorted(corrected)
+
+
+def test_holm_of_an_example() -> None:
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+@given(st.lists(st.floats(0, 100), min_size=3, max_size=6, unique=True))
+def test_intervals_are_those_of_students_t(values: list[float]) -> None:
+    centre, half = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, loc=centre, scale=stats.sem(values))
+    assert (centre - half, centre + half) == pytest.approx((low, high))
+
+
+def test_the_value_with_the_best_validation_accuracy_is_chosen_and_the_least_among_equals() -> None:
+    tried = [row("sam", 1, value, accuracy) for value, accuracy in ((0.05, 70.0), (0.2, 72.0), (0.1, 72.0))]
+    assert best_value(tried) == 0.1
+    assert best_value([]) is None
+
+
+def test_differences_are_between_equal_seeds() -> None:
+    rows = [row("sam", 2, 0.1, 71), row("sam", 4, 0.1, 75), row("adam", 4, None, 72), row("adam", 3, None, 1)]
+    assert differences(rows, "sam", "adam") == [3]
+
+
+def test_a_row_is_read_as_it_was_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
+    assert accuracy.rows() == []
+    given = [row("adam", 2)._replace(relative_sharpness=None), row("sam", 1, 0.05)]
+    for one in given:
+        accuracy.keep(one)
+    assert accuracy.rows() == given
+    with (tmp_path / "accuracy.csv").open(newline="") as file:
+        assert len(list(csv.reader(file))) == 3
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 1.0])
+def test_so_many_labels_are_flipped_the_same_ones_each_time(noise: float) -> None:
+    pairs = [(f"sentence {i}", i % 2) for i in range(4000)]
+    found = flipped(pairs, noise)
+    assert found == flipped(pairs, noise)
+    assert [sentence for sentence, _ in found] == [sentence for sentence, _ in pairs]
+    changed = sum(one != other for one, other in zip(found, pairs)) / len(pairs)
+    assert changed == pytest.approx(noise, abs=0.03)
+
+
+def all_slices(done: list[Row]) -> Iterator[Slice]:
+    return (chosen for chosen in wanted(done) if chosen.noise == NOISES[0] and chosen.method == "sam")
+
+
+def test_seeds_follow_when_every_value_was_tried() -> None:
+    values = METHODS["sam"].values
+    tuning = [Slice(NOISES[0], "sam", value, TUNING_SEED) for value in values]
+    assert list(all_slices([])) == tuning
+    tried = [row("sam", TUNING_SEED, value, 60 + 10 * value) for value in values]
+    assert list(all_slices(tried[:-1])) == tuning
+    final = [Slice(NOISES[0], "sam", values[-1], seed) for seed in SEEDS]
+    assert list(all_slices(tried)) == tuning + final
+    assert TUNING_SEED not in SEEDS
+
+
+def test_tables_show_what_was_not_for_tuning() -> None:
+    rows = [row("adam", seed, None, 70 + seed) for seed in SEEDS]
+    rows += [row("sam", seed, 0.1, 73 + 1.5 * seed) for seed in SEEDS]
+    text = tables([*rows, row("sam", TUNING_SEED, 0.1, 99)])
+    assert "Labels flipped: 30%" in text
+    assert "99" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| sam"))
+    assert "79.0 ± 2.9" in line  # 73 + 1.5 · 4, and 2.776 · 1.5 · 1.581 / √5
+    assert "+5.0 ± 1.0 (p 0.00)" in line
+
+
+@pytest.mark.parametrize("method", ["adam", "sam_on"])
+def test_a_slice_trains_and_measures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str, Path], method: str
+) -> None:
+    toy = tmp_path / "toy"
+    shutil.copytree(sentence_data["class"], toy)
+    for file in toy.glob("*/valid.*"):
+        shutil.copy(file, file.with_name(file.name.replace("valid", "test")))
+    monkeypatch.setattr(accuracy, "data", lambda noise: toy)
+    monkeypatch.setattr(accuracy, "UPDATES", 2)
+    value = METHODS[method].values[0] if METHODS[method].values else None
+    found = accuracy.run(Slice(0.3, method, value, 2))
+    assert (found.method, found.phase, found.updates) == (method, "final", 2)
+    assert 0 <= found.test_last <= 100
+    assert found.cpu_seconds > 0
+    assert (found.relative_sharpness is not None) == (method == "sam_on")
+    assert list(tmp_path.iterdir()) == [toy]  # nothing is left behind

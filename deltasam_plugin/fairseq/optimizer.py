@@ -8,7 +8,7 @@ of the base optimizer, and the other way round.
 import logging
 import weakref
 from argparse import ArgumentParser
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
@@ -103,6 +103,15 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if not self.settings.rho_varies:
             return self.settings.radius
         return schedule.radius(self.settings, self.updates, self.get_lr() / self.peak_lr)
+
+    def change(self, **values: Any) -> None:
+        """Go on with other settings, by name. What was learned about the model under the old ones is forgotten.
+
+        Raises:
+            ValueError: a value breaks its rule.
+        """
+        self.settings = replace(self.settings, **values)
+        self._perturbations = {}
 
     def perturbations(self, *modules: nn.Module) -> Perturbations:
         """The perturbations of model and criterion, made anew when other parameters are trained."""

@@ -61,18 +61,18 @@ class Checkpoint:
     def sample(self, dataset: Any, indices: Sequence[int]) -> Any:
         """A batch of these samples of a dataset, on the model's device."""
         sample = dataset.collater([dataset[index] for index in indices])
+        if hasattr(self.task, "inject_noise"):  # translation_lev: what the model refines
+            sample["prev_target"] = self.task.inject_noise(sample["target"])
         return utils.move_to_cuda(sample, self.device) if self.device.type == "cuda" else sample
 
     def check(self, sample: Any) -> None:
-        """Check that per-sample losses add up to the criterion's own.
+        """Check that the forward pass runs, and that per-sample losses add up to the criterion's own.
 
         Raises:
-            BadInput: they do not, in eval mode.
+            BadInput: it does not, or they do not, without dropout.
         """
-        try:
+        with one_line_for(f"Cannot compute {self.criterion_name} without dropout"):
             check(self.criterion_name, self.forward(sample)[0], sample)
-        except RuntimeError as error:
-            raise BadInput(one_line(error)) from error
 
     def batches(self, split: str, max_tokens: int | None, max_sentences: int | None) -> tuple[Any, list[list[int]]]:
         """A part of the data, and the indices of its samples, by batches.
@@ -93,7 +93,10 @@ class Checkpoint:
             )
             batches = [[int(index) for index in batch] for batch in iterator.frozen_batches]
         if not batches:
-            raise BadInput(f"The part {split!r} of {self.config.task.data} is empty. Choose another: --gen-subset.")
+            raise BadInput(
+                f"The part {split!r} of {self.config.task.data} has no samples that this model takes. Choose another: "
+                "--gen-subset."
+            )
         return dataset, batches
 
 

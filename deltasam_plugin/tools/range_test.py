@@ -131,7 +131,7 @@ def suggestion(points: Sequence[Point], mode: str) -> str:
         return f"{mode}: every ρ of the grid is too small. Try larger ones than {last.rho:g} (--grid)."
     low, high = (radius_at(points, target) for target in RELATIVE_SHARPNESS)
     low, high = (first.rho if low is None else low), (last.rho if high is None else high)
-    return f"{mode}: --sam-perturbation {mode} --sam-rho {low:.1g} to {high:.1g}"
+    return f"{mode}: --sam-perturbation {mode} --sam-rho {low:.2g} to {high:.2g}"
 
 
 def radius_at(points: Sequence[Point], target: float) -> float | None:

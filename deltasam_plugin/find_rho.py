@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         PROGRAM, usage="%(prog)s [options] -- fairseq-train DATA …", description="A range test for ρ (--sam-rho)."
     )
     add = parser.add_argument
-    add("--updates", type=count, default=50, metavar="N", help="updates before the measurement (default: 50)")
+    add("--updates", type=count, default=20, metavar="N", help="updates before the measurement (default: 20)")
     add("--batches", type=count, default=8, metavar="N", help="batches that are measured (default: 8)")
     add("--grid", type=radius, nargs="+", default=GRID, metavar="RHO", help=f"default: {' '.join(map(str, GRID))}")
     given = parser.parse_args(own)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from deltasam_plugin.batch.displacement import global_norm
+from deltasam_plugin.fairseq.errors import one_message
 from deltasam_plugin.fairseq.optimizer import SharpnessAwareOptimizer
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from deltasam_plugin.fairseq.scalars import SHARPNESS
@@ -69,7 +70,8 @@ def measure(
         Unsupported, InvalidValue: this mode does not do for the command.
     """
     trainer.cfg.optimizer.sam_perturbation = mode
-    refuse_unsupported(trainer.cfg)
+    with one_message():
+        refuse_unsupported(trainer.cfg)
     group = optimizer.settings.group if mode == "instance" else 1
     optimizer.change(perturbation=mode, group=group, **ALWAYS)
     settings = optimizer.settings
@@ -123,15 +125,13 @@ def suggestion(points: Sequence[Point], mode: str) -> str:
         points: from :func:`measure`.
         mode: ``batch`` or ``instance``.
     """
-    least, greatest = RELATIVE_SHARPNESS
-    _, first, *_, last = points
-    if first.relative > greatest:
-        return f"{mode}: every ρ of the grid is too large. Try smaller ones than {first.rho:g} (--grid)."
-    if not last.relative >= least:
-        return f"{mode}: every ρ of the grid is too small. Try larger ones than {last.rho:g} (--grid)."
+    first, last = points[1], points[-1]
     low, high = (radius_at(points, target) for target in RELATIVE_SHARPNESS)
-    low, high = (first.rho if low is None else low), (last.rho if high is None else high)
-    return f"{mode}: --sam-perturbation {mode} --sam-rho {low:.2g} to {high:.2g}"
+    if first.relative > RELATIVE_SHARPNESS[1]:
+        return f"{mode}: every ρ of the grid is too large. Try smaller ones than {first.rho:g} (--grid)."
+    if low is None:
+        return f"{mode}: every ρ of the grid is too small. Try larger ones than {last.rho:g} (--grid)."
+    return f"{mode}: --sam-perturbation {mode} --sam-rho {low:.2g} to {last.rho if high is None else high:.2g}"
 
 
 def radius_at(points: Sequence[Point], target: float) -> float | None:

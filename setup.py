@@ -18,8 +18,11 @@ TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes thr
 
 EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3"]
 
+REPORT = ["matplotlib>=3.8"]
+
 TEST = [
     *EXAMPLES,
+    *REPORT,
     "soundfile>=0.12",
     "transformers>=4.40,<5",
     "pytest>=8",
@@ -29,7 +32,7 @@ TEST = [
     "mypy>=1.11",
 ]
 
-BENCHMARKS = ["pytorch_optimizer>=3", "matplotlib>=3.8"]
+BENCHMARKS = ["pytorch_optimizer>=3", *REPORT]
 
 setup(
     name="deltasam-plugin",
@@ -40,10 +43,16 @@ setup(
     license="MIT",
     packages=find_packages(include=["deltasam_plugin", "deltasam_plugin.*"]),
     package_data={"deltasam_plugin": ["py.typed"]},
+    entry_points={
+        "console_scripts": [
+            "deltasam-find-rho = deltasam_plugin.find_rho:main",
+            "deltasam-sharpness = deltasam_plugin.sharpness:main",
+        ]
+    },
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=["torch>=2.4", "numpy"],
-    extras_require={"fairseq": FAIRSEQ, "examples": EXAMPLES, "test": TEST, "benchmarks": BENCHMARKS},
+    extras_require={"fairseq": FAIRSEQ, "examples": EXAMPLES, "report": REPORT, "test": TEST, "benchmarks": BENCHMARKS},
     classifiers=[
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",

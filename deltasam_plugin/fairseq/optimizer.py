@@ -10,7 +10,7 @@ import weakref
 from argparse import ArgumentParser
 from collections import ChainMap
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
 
@@ -111,6 +111,15 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if not self.settings.rho_varies:
             return self.settings.radius
         return schedule.radius(self.settings, self.updates, self.get_lr() / self.peak_lr)
+
+    def change(self, **values: Any) -> None:
+        """Go on with other settings, by name. What was learned about the model under the old ones is forgotten.
+
+        Raises:
+            ValueError: a value breaks its rule.
+        """
+        self.settings = replace(self.settings, **values)
+        self._perturbations = {}
 
     def perturbations(self, *modules: nn.Module) -> Perturbations:
         """The perturbations of model and criterion, made anew when other parameters are trained."""

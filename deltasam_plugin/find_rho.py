@@ -1,0 +1,92 @@
+"""``python -m deltasam_plugin.find_rho -- fairseq-train DATA …``: a range test for ρ, before a long run is paid for.
+
+The command is yours, with δ-SAM in it or without. A few of its first updates are run, or a few after the checkpoint
+that it restores. Then every ρ of a grid is measured at these parameters, in both modes. Nothing is written to the
+command's folders. See :mod:`deltasam_plugin.tools.range_test`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from itertools import islice
+
+from fairseq.logging import metrics
+from tqdm import tqdm
+
+from deltasam_plugin.fairseq.errors import InvalidValue, Unsupported
+from deltasam_plugin.fairseq.optimizer import active_optimizer
+from deltasam_plugin.tools.command import trainer_of
+from deltasam_plugin.tools.console import BadInput, Parser, console, count, first_sentence, one_line_for, radius, table
+from deltasam_plugin.tools.range_test import NEVER, RELATIVE_SHARPNESS, Point, measure, suggestion
+
+PROGRAM = "deltasam-find-rho"
+GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+MODES = ("batch", "instance")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the program.
+
+    Raises:
+        SystemExit: bad input, with one line and status 2.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, command = arguments[:end], arguments[end + 1 :]
+    parser = Parser(
+        PROGRAM, usage="%(prog)s [options] -- fairseq-train DATA …", description="A range test for ρ (--sam-rho)."
+    )
+    add = parser.add_argument
+    add("--updates", type=count, default=20, metavar="N", help="updates before the measurement (default: 20)")
+    add("--batches", type=count, default=8, metavar="N", help="batches that are measured (default: 8)")
+    add("--grid", type=radius, nargs="+", default=GRID, metavar="RHO", help=f"default: {' '.join(map(str, GRID))}")
+    given = parser.parse_args(own)
+    with console(PROGRAM), trainer_of(command) as (trainer, updates), metrics.aggregate(new_root=True):
+        optimizer = active_optimizer()
+        optimizer.change(**NEVER)
+        with one_line_for("fairseq-train fails on this command"):
+            for samples in tqdm(islice(updates, given.updates), "updates", given.updates, leave=False, file=sys.stderr):
+                trainer.train_step(samples)
+            samples = next(updates)
+            while len(samples) < given.batches:
+                samples = [*samples, *next(updates)]
+        found: dict[str, list[Point]] = {}
+        for mode in MODES:
+            try:
+                with one_line_for("fairseq-train fails on this command"):
+                    found[mode] = measure(trainer, optimizer, mode, sorted(given.grid), samples[: given.batches])
+            except (InvalidValue, Unsupported) as error:
+                print(f"{mode} is left out. {first_sentence(error)}.", file=sys.stderr)
+        if not found:
+            raise BadInput("No mode could be measured.")
+        print(report(found, trainer.get_num_updates(), given.batches))
+
+
+def report(found: dict[str, list[Point]], updates: int, batches: int) -> str:
+    """What is printed.
+
+    Args:
+        found: points of each mode.
+        updates: before the measurement.
+        batches: in the measurement.
+    """
+    columns = ("relative sharpness", "loss", "gradient change")
+    rows = [("ρ", *(f"{mode}: {column}" for mode in found for column in columns))]
+    for points in zip(*found.values()):
+        cells = [(f"{point.relative:.3f}", f"{point.loss:.3f}", f"{point.change:.3f}") for point in points]
+        rows.append((f"{points[0].rho:g}", *(cell for group in cells for cell in group)))
+    least, greatest = RELATIVE_SHARPNESS
+    return (
+        f"{table(rows)}\n\n"
+        f"After {updates} updates, on {batches} batches. Loss: L(w + ε), base 2. Relative sharpness: "
+        "(L(w + ε) − L(w)) / L(w).\nGradient change: the norm of the difference between sharpness-aware and plain "
+        "gradient, relative to the plain one.\n\n"
+        + "\n".join(suggestion(points, mode) for mode, points in found.items())
+        + f"\n\nThere the loss rises by {least:.0%} to {greatest:.0%}, as in runs of ours that learned. This is a "
+        "suggestion, not a promise."
+    )
+
+
+if __name__ == "__main__":
+    main()

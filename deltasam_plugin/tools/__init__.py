@@ -1,0 +1,1 @@
+"""Instruments: look at a run, a checkpoint, a radius."""

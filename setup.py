@@ -18,7 +18,7 @@ TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes thr
 
 EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3"]
 
-REPORT = ["matplotlib>=3.8"]
+REPORT = [*TENSORBOARD, "matplotlib>=3.8", "jinja2>=3"]
 
 TEST = [
     *EXAMPLES,
@@ -42,10 +42,11 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     packages=find_packages(include=["deltasam_plugin", "deltasam_plugin.*"]),
-    package_data={"deltasam_plugin": ["py.typed"]},
+    package_data={"deltasam_plugin": ["py.typed", "tools/report.html"]},
     entry_points={
         "console_scripts": [
             "deltasam-find-rho = deltasam_plugin.find_rho:main",
+            "deltasam-report = deltasam_plugin.report:main",
             "deltasam-sharpness = deltasam_plugin.sharpness:main",
         ]
     },

@@ -20,7 +20,7 @@ from fairseq import utils
 
 from deltasam_plugin.tools import sharpness_plot
 from deltasam_plugin.tools.checkpoints import load
-from deltasam_plugin.tools.console import Parser, console, count, radius, table
+from deltasam_plugin.tools.console import Parser, console, count, labels, radius, table
 from deltasam_plugin.tools.profile import Profile, measure
 
 PROGRAM = "deltasam-sharpness"
@@ -70,18 +70,6 @@ def measure_all(given: Namespace) -> list[Profile]:
         chosen = [batches[int(i * step)] for i in range(min(len(batches), given.max_batches))]
         profiles.append(measure(checkpoint, label, dataset, chosen, given.radii, given.directions))
     return profiles
-
-
-def labels(paths: Sequence[Path]) -> list[str]:
-    """Short names of checkpoints: of their paths what differs."""
-    if len(paths) == 1:
-        return ["/".join(paths[0].parts[-2:])]
-    parts = [list(path.parts) for path in paths]
-    for end in (0, -1):
-        while all(len(names) > 1 and names[end] == parts[0][end] for names in parts):
-            for names in parts:
-                del names[end]
-    return ["/".join(names) for names in parts]
 
 
 def report(profiles: Sequence[Profile], given: Namespace) -> str:

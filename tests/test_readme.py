@@ -25,6 +25,7 @@ from deltasam_plugin.batch.measures import MEASURES
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.criterions.registry import LOGITS, PER_SAMPLE_LOSSES
+from deltasam_plugin.fairseq.scalars import MEANINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import DEFAULT_RHO, Settings
 from examples.sentiment.recipe import OPTIMIZERS
@@ -334,7 +335,9 @@ def test_methods_are_settings() -> None:
 
 
 def test_scalars() -> None:
-    listed = {row["scalar"].strip("`") for row in rows(README, "scalar")}
+    meanings = {row["scalar"].strip("`"): row["meaning"] for row in rows(README, "scalar")}
+    assert meanings == MEANINGS
+    listed = meanings.keys()
     assert listed == {"loss", "sam_rho", *(f"sam_{item.name}" for item in fields(Statistics))}
     assert set(re.findall(r"`(sam_\w+)`", README)) <= listed
 

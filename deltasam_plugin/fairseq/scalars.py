@@ -23,6 +23,23 @@ MEANS = ("rho", "ess", "weight_max", "ascent_gnorm", "ascent_gnorm_std", "eps_no
 SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEANS, "sharpness"))
 
 
+# What README and reports say of them.
+MEANINGS = {
+    "loss": "as ever: the loss at w, not at the perturbed point. With `--sam-ascent momentum` the loss at w + ε",
+    "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2",
+    "sam_rho": "the radius, if it varies from update to update",
+    "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Not with `uniform`",
+    "sam_weight_max": "B · max v: 1 when the weights are uniform. Not with `uniform`",
+    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. ρ Σ‖gᵢ‖ is the sharpness to first order",
+    "sam_ascent_gnorm_std": "standard deviation of the ‖gᵢ‖. In instance mode only",
+    "sam_eps_norm": "how far the parameters really moved. It is ρ in single precision. In half precision rounding "
+    "changes it",
+    "sam_skipped": "micro-batches without a perturbation, because their gradient was zero or not finite",
+    "sam_probes_failed": "probes that gave a non-finite loss although the loss at w is finite. Not with `uniform`",
+    "sam_probes_lost": "share of the samples in which the probes saw nothing but rounding. Not with `uniform`",
+}
+
+
 def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
     if settings.perturbation == "instance" and settings.radius > 0:

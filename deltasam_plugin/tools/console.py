@@ -8,6 +8,8 @@ import warnings
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NoReturn
 
 from deltasam_plugin.fairseq.errors import InvalidValue, Unsupported
@@ -92,6 +94,23 @@ def count(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise ArgumentTypeError(f"{text!r} is no count. Must be an integer >= 1")
     return int(text)
+
+
+def missing(*modules: str) -> list[str]:
+    """Those of the modules that are not installed."""
+    return [module for module in modules if find_spec(module) is None]
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """Short names of files or folders: of their paths what differs."""
+    if len(paths) == 1:
+        return ["/".join(paths[0].parts[-2:])]
+    parts = [list(path.parts) for path in paths]
+    for end in (0, -1):
+        while all(len(names) > 1 and names[end] == parts[0][end] for names in parts):
+            for names in parts:
+                del names[end]
+    return ["/".join(names) for names in parts]
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
-from deltasam_plugin.tools.console import BadInput
+from deltasam_plugin.tools.console import BadInput, missing
 from deltasam_plugin.tools.profile import Profile
 
 FORMATS = (".pdf", ".png", ".svg")
@@ -21,7 +20,7 @@ def check(path: Path) -> None:
     Raises:
         BadInput: a figure cannot be written there.
     """
-    if find_spec("matplotlib") is None:
+    if missing("matplotlib"):
         raise BadInput("--plot needs matplotlib: pip install 'deltasam-plugin[report]'.")
     if path.suffix not in FORMATS:
         raise BadInput(f"Invalid --plot {path}. Its name must end with {', '.join(FORMATS)}.")

@@ -25,6 +25,18 @@ GRID = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 MODES = ("batch", "instance")
 
 
+def parser() -> Parser:
+    """The program's own options."""
+    made = Parser(
+        PROGRAM, usage="%(prog)s [options] -- fairseq-train DATA …", description="A range test for ρ (--sam-rho)."
+    )
+    add = made.add_argument
+    add("--updates", type=count, default=20, metavar="N", help="updates before the measurement (default: 20)")
+    add("--batches", type=count, default=8, metavar="N", help="batches that are measured (default: 8)")
+    add("--grid", type=radius, nargs="+", default=GRID, metavar="RHO", help=f"default: {' '.join(map(str, GRID))}")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program.
 
@@ -33,15 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    own, command = arguments[:end], arguments[end + 1 :]
-    parser = Parser(
-        PROGRAM, usage="%(prog)s [options] -- fairseq-train DATA …", description="A range test for ρ (--sam-rho)."
-    )
-    add = parser.add_argument
-    add("--updates", type=count, default=20, metavar="N", help="updates before the measurement (default: 20)")
-    add("--batches", type=count, default=8, metavar="N", help="batches that are measured (default: 8)")
-    add("--grid", type=radius, nargs="+", default=GRID, metavar="RHO", help=f"default: {' '.join(map(str, GRID))}")
-    given = parser.parse_args(own)
+    given, command = parser().parse_args(arguments[:end]), arguments[end + 1 :]
     with console(PROGRAM), trainer_of(command) as (trainer, updates), metrics.aggregate(new_root=True):
         optimizer = active_optimizer()
         optimizer.change(**NEVER)
@@ -71,19 +75,18 @@ def report(found: dict[str, list[Point]], updates: int, batches: int) -> str:
         updates: before the measurement.
         batches: in the measurement.
     """
-    columns = ("relative sharpness", "loss", "gradient change")
-    rows = [("ρ", *(f"{mode}: {column}" for mode in found for column in columns))]
+    rows = [("ρ", *(f"{mode}: {column}" for mode in found for column in ("rise", "loss", "gradient")))]
     for points in zip(*found.values()):
-        cells = [(f"{point.relative:.3f}", f"{point.loss:.3f}", f"{point.change:.3f}") for point in points]
+        cells = [(f"{point.relative:.1%}", f"{point.loss:.3f}", f"{point.change:.3f}") for point in points]
         rows.append((f"{points[0].rho:g}", *(cell for group in cells for cell in group)))
     least, greatest = RELATIVE_SHARPNESS
+    suggestions = "\n".join(suggestion(points, mode) for mode, points in found.items())
     return (
         f"{table(rows)}\n\n"
-        f"After {updates} updates, on {batches} batches. Loss: L(w + ε), base 2. Relative sharpness: "
-        "(L(w + ε) − L(w)) / L(w).\nGradient change: the norm of the difference between sharpness-aware and plain "
-        "gradient, relative to the plain one.\n\n"
-        + "\n".join(suggestion(points, mode) for mode, points in found.items())
-        + f"\n\nThere the loss rises by {least:.0%} to {greatest:.0%}, as in runs of ours that learned. This is a "
+        f"After {updates} updates, on {batches} batches. rise: relative sharpness, (L(w + ε) − L(w)) / L(w). "
+        "loss: L(w + ε), base 2.\ngradient: ‖g' − g‖ / ‖g‖ of the sharpness-aware gradient g' and the plain g.\n\n"
+        f"{suggestions}\n\n"
+        f"There the loss rises by {least:.0%} to {greatest:.0%}, as in runs of ours that learned. This is a "
         "suggestion, not a promise."
     )
 

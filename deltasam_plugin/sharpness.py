@@ -27,25 +27,30 @@ PROGRAM = "deltasam-sharpness"
 RADII = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 
+def parser() -> Parser:
+    """The program's options."""
+    made = Parser(PROGRAM, description="Sharpness of checkpoints of fairseq over a grid of radii.")
+    add = made.add_argument
+    add("data", metavar="DATA", help="folder of the data, as for fairseq-train")
+    add("--path", type=Path, nargs="+", required=True, metavar="CHECKPOINT", help="checkpoints to compare")
+    add("--gen-subset", "--split", default="valid", metavar="SPLIT", help="part of the data (default: valid)")
+    add("--radii", type=radius, nargs="+", default=RADII, metavar="RHO", help=f"default: {' '.join(map(str, RADII))}")
+    add("--batch-size", type=count, metavar="N", help="samples in a batch (default: as the first was trained)")
+    add("--max-batches", type=count, default=8, metavar="N", help="at most so many, evenly spread (default: 8)")
+    add("--directions", type=count, default=2, metavar="K", help="random directions, each in both senses (default: 2)")
+    add("--plot", type=Path, metavar="FILE", help="also draw it: .pdf, .png or .svg")
+    add("--user-dir", metavar="DIR", help="your own fairseq components, if the checkpoints need them")
+    add("--cpu", action="store_true", help="use no GPU")
+    return made
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program.
 
     Raises:
         SystemExit: bad input, with one line and status 2.
     """
-    parser = Parser(PROGRAM, description="Sharpness of checkpoints of fairseq over a grid of radii.")
-    add = parser.add_argument
-    add("data", metavar="DATA", help="folder of the data, as for fairseq-train")
-    add("--path", type=Path, nargs="+", required=True, metavar="CHECKPOINT", help="checkpoints to compare")
-    add("--gen-subset", "--split", default="valid", metavar="SPLIT", help="part of the data (default: valid)")
-    add("--radii", type=radius, nargs="+", default=RADII, metavar="RHO", help=f"default: {' '.join(map(str, RADII))}")
-    add("--batch-size", type=count, metavar="N", help="samples in a batch (default: as the first was trained)")
-    add("--max-batches", type=count, default=16, metavar="N", help="at most so many, evenly spread (default: 16)")
-    add("--directions", type=count, default=4, metavar="K", help="random directions (default: 4)")
-    add("--plot", type=Path, metavar="FILE", help="also draw it: .pdf, .png or .svg")
-    add("--user-dir", metavar="DIR", help="your own fairseq components, if the checkpoints need them")
-    add("--cpu", action="store_true", help="use no GPU")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     with console(PROGRAM):
         if given.plot is not None:
             sharpness_plot.check(given.plot)

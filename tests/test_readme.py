@@ -21,6 +21,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
+from deltasam_plugin import find_rho, sharpness
 from deltasam_plugin.batch.measures import MEASURES
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
@@ -46,6 +47,10 @@ BLOCKS = {  # by name: the language of the block, and what it alone contains
     "hydra": ("bash", "fairseq-hydra-train"),
     "example": ("python", "DeltaSAM("),
     "its output": ("text", "step 60"),
+    "find_rho": ("bash", "deltasam_plugin.find_rho"),
+    "its suggestion": ("text", "suggestion"),
+    "sharpness": ("bash", "deltasam_plugin.sharpness"),
+    "its table": ("text", "per sample"),
     "criterion": ("python", "per_sample_losses"),
     "weighting": ("python", "deltasam_plugin.weighting("),
     "citation": ("bibtex", "zhou-etal-2022-sharpness"),
@@ -171,6 +176,25 @@ def test_python_example_prints_what_is_shown(tmp_path: Path) -> None:
     assert shell("python example.py", tmp_path) == block("its output")
 
 
+def test_instruments(translation_data: Path, tmp_path: Path) -> None:
+    """They print what is shown, but for the numbers; `make example` has the same runs."""
+    options = shlex.join(map(str, [*TOY, "--optimizer", "adam", "--cpu", "--batch-size", 8, "--lr", 0.01]))
+    assert block("find_rho").endswith("DATA …\n")
+    command = block("find_rho").replace("DATA …", f"{translation_data} {options}")
+    assert frame(shell(command, tmp_path)) == frame(block("its suggestion"))
+    for name in ("adam", "sam"):
+        fairseq_train(translation_data, tmp_path / "runs" / name, *TOY, "--optimizer", "adam", updates=1)
+    command = block("sharpness").replace("DATA", str(translation_data))
+    assert frame(shell(command, tmp_path)) == frame(block("its table"))
+    assert {row["checkpoint"] for row in rows(block("its table"), "ρ")} == OPTIMIZERS.keys()
+
+
+def frame(output: str) -> list[str]:
+    """The head of a table and the sentences below it, without numbers."""
+    lines = [line for line in output.splitlines() if not re.match(r"\| [-\d]", line)]
+    return [re.sub(r" +", " ", re.sub(r"[\d.]+", "N", line)) for line in lines]
+
+
 def test_own_criterion(translation_data: Path, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "__init__.py").write_text(MY_CRITERION + block("criterion"))
@@ -252,6 +276,7 @@ def test_options_are_fairseqs_or_the_plugins() -> None:
     parser = options.get_training_parser()
     ARCH_MODEL_REGISTRY["transformer_tiny"].add_args(parser)
     known |= {*parser._option_string_actions, "--adam-betas"}
+    known |= {*find_rho.parser()._option_string_actions, *sharpness.parser()._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README)) <= known
 
 

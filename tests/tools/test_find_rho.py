@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from deltasam_plugin import find_rho
 from deltasam_plugin.tools.range_test import RELATIVE_SHARPNESS, Point, radius_at, suggestion
-from tests.helpers.runs import INSTANCE, TRANSLATION, USER_DIR, base, delta, fairseq_train, scalars
+from tests.helpers.runs import INSTANCE, TRANSLATION, USER_DIR, base, delta, distance, fairseq_train, scalars
 from tests.tools.test_sharpness import LSTM, rows
 
 SHARED: list[object] = ["--cpu", "--seed", 3, "--lr", 0.01, "--batch-size", 16, "--num-workers", 0]
@@ -26,27 +28,34 @@ def arguments(data: Path, *options: object, own: list[object] | None = None) -> 
 
 def cells(output: str) -> list[list[float]]:
     """The numbers of the table."""
-    return [[float(cell) for cell in row] for row in rows(output)[1:]]
+    return [[float(cell.strip("%")) / (100 if "%" in cell else 1) for cell in row] for row in rows(output)[1:]]
 
 
 @pytest.mark.parametrize("mode", ["batch", "instance"])
 def test_numbers_are_those_of_training(
     translation_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
 ) -> None:
-    """What fairseq-train logs for the fourth update, after three of the base optimizer."""
-    task: list[object] = [*TRANSLATION, "--label-smoothing", 0.1]
-    find_rho.main(arguments(translation_data, *task, *base()))
+    """What fairseq-train logs and does in the fourth update, after three of the base optimizer."""
+    task: list[object] = [*TRANSLATION, "--label-smoothing", 0.1, "--lr", 0.5]
+    find_rho.main(arguments(translation_data, *task, *base(optimizer="sgd")))
     _, *measured = cells(capsys.readouterr().out)
     first = 1 if mode == "batch" else 4
-    for rho, *rest in measured:
-        relative, loss, _ = rest[first - 1 : first + 2]
-        folder = tmp_path / f"{rho}"
-        fairseq_train(translation_data, folder, *SHARED, *task, *base(), updates=3)
-        options: list[object] = [*task, *delta(rho=rho), "--sam-perturbation", mode]
-        fairseq_train(translation_data, folder, *SHARED, *options, "--tensorboard-logdir", folder, updates=4)
-        logged = scalars(folder, "loss", "sam_sharpness")
+
+    def train(folder: str, *options: object, updates: int) -> dict[str, Any]:
+        return fairseq_train(translation_data, tmp_path / folder, *SHARED, *task, *options, updates=updates)
+
+    third = train("base", *base(optimizer="sgd"), updates=3)
+    shutil.copytree(tmp_path / "base", tmp_path / "third")
+    fourth = train("base", *base(optimizer="sgd"), updates=4)
+    for rho, *row in measured:
+        relative, loss, change = row[first - 1 : first + 2]
+        shutil.copytree(tmp_path / "third", tmp_path / f"{rho}")
+        options = ["--sam-perturbation", mode, "--tensorboard-logdir", tmp_path / f"{rho}"]
+        other = train(f"{rho}", *delta(optimizer="sgd", rho=rho), *options, updates=4)
+        logged = scalars(tmp_path / f"{rho}", "loss", "sam_sharpness")
         assert loss == pytest.approx(logged["loss"][-1] + logged["sam_sharpness"][-1], abs=2e-3)
         assert relative == pytest.approx(logged["sam_sharpness"][-1] / logged["loss"][-1], abs=2e-3)
+        assert change == pytest.approx(distance(other, fourth) / distance(fourth, third), rel=1e-2)
 
 
 def test_base_command_and_sharpness_aware_command(translation_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +101,16 @@ def test_nothing_is_touched(translation_data: Path, tmp_path: Path, capsys: pyte
     find_rho.main(arguments(translation_data, *TRANSLATION, *base(), *folders))
     assert "After 9 updates" in capsys.readouterr().out  # 6 in the checkpoint and 3 more
     assert files(tmp_path) == before
+
+
+def test_a_crash_writes_nothing(translation_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """fairseq's trainer saves crash.pt when gradients are not finite."""
+    options = [*TRANSLATION, *base(optimizer="sgd"), "--lr", 1e38, "--save-dir", tmp_path / "run"]
+    with pytest.raises(SystemExit) as error:
+        find_rho.main(arguments(translation_data, *options))
+    assert error.value.code == 2
+    assert "deltasam-find-rho: error: fairseq-train fails on this command: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_are_left_alone(

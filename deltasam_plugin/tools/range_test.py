@@ -2,9 +2,8 @@ r"""A range test for ρ: what perturbations of growing radius do to the loss and
 
 A few updates of the base optimizer lead away from the initial parameters, and then every ρ of both modes is measured on
 the same batches without a step. The relative sharpness :math:`(L(w+\epsilon) - L(w)) / L(w)`, to first order
-:math:`\rho\,\|g\|/L`, is a property of w alone, so that a few batches show it, and it is largest early in training,
-where too large a ρ keeps the loss from falling. Whether the loss falls would show only after hundreds of updates for
-each ρ, which is what the test is there to save.
+:math:`\rho\,\|g\|/L`, is a property of w, so that a few batches show it for all ρ alike. Whether the loss falls would
+show only after hundreds of updates for each ρ, which is what the test is there to save.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from deltasam_plugin.fairseq.optimizer import SharpnessAwareOptimizer
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from deltasam_plugin.fairseq.scalars import SHARPNESS
 
-# On the sentiment example SAM at 0.05 and 0.1 and instance mode at 0.01 and 0.02 learned. The range test shows 21 %, 42 %,
-# 26 % and 54 % for them, and 147 % for instance mode at 0.05, which stayed at chance.
+# On the sentiment example SAM at 0.05 and 0.1 and instance mode at 0.01 and 0.02 learned. The range test shows 21 %,
+# 42 %, 26 % and 54 % for them, and 147 % for instance mode at 0.05, which stayed at chance.
 RELATIVE_SHARPNESS = (0.2, 0.5)
 
 # Settings: every update is sharpness-aware, at a radius that nothing changes; or none is after the first.

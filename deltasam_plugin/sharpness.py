@@ -84,7 +84,8 @@ def report(profiles: Sequence[Profile], given: Namespace) -> str:
     ]
     for index, rho in enumerate(given.radii):
         for profile in profiles:
-            sharpness = [_shown(profile.sharpness(direction)[index]) for direction in profile.rises]
+            random, *along = [profile.sharpness(direction)[index] for direction in profile.rises]
+            sharpness = [f"{random:.1e}", *(f"{value:.4f}" for value in along)]
             shares = [f"{profile.half_shares(direction)[index]:.0%}" for direction in ("batch", "per sample")]
             rows.append((f"{rho:g}", profile.label, f"{profile.loss:.3f}", *sharpness, *shares))
     return (
@@ -94,10 +95,6 @@ def report(profiles: Sequence[Profile], given: Namespace) -> str:
         "along the gradient of each batch, and\nfor each sample along its own gradient. Half of the rise is in so many "
         "of the samples."
     )
-
-
-def _shown(value: float) -> str:
-    return f"{round(value, 4) + 0.0:.4f}"  # no minus before zeros
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from deltasam_plugin.fairseq.criterions.registry import (
     recorded_outputs,
 )
 from deltasam_plugin.fairseq.parameters import fast_path_copies, named_parameters
+from deltasam_plugin.fairseq.refusals import option
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.tools.console import BadInput, one_line, one_line_for
 
@@ -118,7 +119,7 @@ def load(path: Path, data: str, cpu: bool = False) -> Checkpoint:
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
     with one_line_for(f"Cannot set up the model of {path} on {data}"):
         (model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides, state=state)
-        name = config.criterion._name
+        name = option(config, "criterion", "_name")
         name = config.criterion.base_criterion if name == NAME else name
     try:
         losses = per_sample_losses_of(name)

@@ -1,10 +1,9 @@
 r"""A range test for ρ: what perturbations of growing radius do to the loss and to its gradient, at the same parameters.
 
-A few updates of the base optimizer lead away from the initial parameters, where gradients are not yet those of
-training; then every ρ of both modes is measured there on the same batches, without a step. The relative sharpness
-:math:`(L(w+\epsilon) - L(w)) / L(w)` is a property of w, to first order :math:`\rho\,\|g\|/L`, so that a few batches
-show it, and it does not depend on what the loss is or how large the model. Whether a run with this ρ learns shows only
-after hundreds of updates for each ρ, which is what the test is there to save.
+A few updates of the base optimizer lead away from the initial parameters, and then every ρ of both modes is measured on
+the same batches without a step. The relative sharpness :math:`(L(w+\epsilon) - L(w)) / L(w)`, to first order
+:math:`\rho\,\|g\|/L`, is a property of w, so that a few batches show it for all ρ alike. Whether the loss falls would
+show only after hundreds of updates for each ρ, which is what the test is there to save.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from deltasam_plugin.fairseq.optimizer import SharpnessAwareOptimizer
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from deltasam_plugin.fairseq.scalars import SHARPNESS
 
-# Runs of the sentiment example that learned had a relative sharpness in this range; at 0.36 one stayed at chance.
-RELATIVE_SHARPNESS = (0.1, 0.2)
+# On the sentiment example SAM at 0.05 and 0.1 and instance mode at 0.01 and 0.02 learned. The range test shows 21 %,
+# 42 %, 26 % and 54 % for them, and 147 % for instance mode at 0.05, which stayed at chance.
+RELATIVE_SHARPNESS = (0.2, 0.5)
 
 # Settings: every update is sharpness-aware, at a radius that nothing changes; or none is after the first.
 ALWAYS: dict[str, Any] = {"interval": 1, "warmup_updates": 0, "rho_schedule": "constant", "loss_budget": None}

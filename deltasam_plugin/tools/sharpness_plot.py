@@ -29,20 +29,23 @@ def check(path: Path) -> None:
 
 
 def draw(profiles: Sequence[Profile], radii: Sequence[float], path: Path) -> None:
-    """Draw a panel for each direction, on common axes."""
+    """Draw a panel for each direction. Rises in random directions are far smaller, and have an axis of their own."""
     from matplotlib.figure import Figure
 
-    directions = list(profiles[0].rises)
-    figure = Figure(figsize=(4 * len(directions), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(directions), sharex=True, sharey=True)
-    for axis, direction in zip(axes, directions):
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(profiles[0].rises), sharex=True)
+    axes[2].sharey(axes[1])
+    for axis, direction in zip(axes, profiles[0].rises):
         for profile, style, marker in zip(profiles, cycle(STYLES), cycle(MARKERS)):
             axis.plot(radii, profile.sharpness(direction), style, marker=marker, markersize=4, label=profile.label)
-        axis.set_title(f"{direction} direction" if direction == "random" else f"gradient, {direction}")
+        axis.set_title(f"{direction} directions" if direction == "random" else f"gradient, {direction}")
         axis.set_xlabel("radius ρ, L2 norm")
+        axis.set_ylabel("L(w + ε) − L(w), base 2")
         axis.set_xscale("log")
-        axis.set_yscale("log", nonpositive="mask")
+        if direction == "random":
+            axis.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        else:
+            axis.set_yscale("log", nonpositive="mask")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("L(w + ε) − L(w), base 2")
-    axes[-1].legend(fontsize="small")
+    axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -171,7 +171,7 @@ def test_suggestions() -> None:
         "batch: every ρ of the grid is too large. Try smaller ones than 0.1 (--grid)."
     )
     inside = (least + greatest) / 2
-    assert suggestion(points(inside, math.inf), "batch").endswith("--sam-rho 0.067 to 0.1")
+    assert suggestion(points(inside, math.inf), "batch").endswith(f"--sam-rho {0.1 * least / inside:.2g} to 0.1")
     assert suggestion(points(-0.1, inside), "batch").startswith("batch: --sam-perturbation batch --sam-rho 0.1")
     assert suggestion(points(math.nan, math.nan), "batch").startswith("batch: every ρ of the grid is too small")
 

@@ -21,7 +21,7 @@ from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
-from deltasam_plugin import find_rho, sharpness
+from deltasam_plugin import find_rho, report, sharpness
 from deltasam_plugin.batch.measures import MEASURES
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
@@ -31,6 +31,7 @@ from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import DEFAULT_RHO, Settings
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
+from tests.helpers.runs import SENTENCES as ROBERTA_RUN
 from tests.helpers.runs import SMOOTHED, fairseq_train
 from tests.recipes.recipes import ALL, TRAINS
 
@@ -51,6 +52,7 @@ BLOCKS = {  # by name: the language of the block, and what it alone contains
     "its suggestion": ("text", "suggestion"),
     "sharpness": ("bash", "deltasam_plugin.sharpness"),
     "its table": ("text", "per sample"),
+    "report": ("bash", "deltasam_plugin.report"),
     "criterion": ("python", "per_sample_losses"),
     "weighting": ("python", "deltasam_plugin.weighting("),
     "citation": ("bibtex", "zhou-etal-2022-sharpness"),
@@ -189,6 +191,22 @@ def test_instruments(translation_data: Path, tmp_path: Path) -> None:
     assert {row["checkpoint"] for row in rows(block("its table"), "ρ")} == OPTIMIZERS.keys()
 
 
+def test_report(sentence_data: dict[str, Path], tmp_path: Path) -> None:
+    for run, own in OPTIMIZERS.items():
+        given: list[object] = [
+            *ROBERTA_RUN,
+            "--num-classes",
+            2,
+            *shlex.split(own),
+            "--tensorboard-logdir",
+            tmp_path / "runs" / run,
+        ]
+        fairseq_train(sentence_data["class"], tmp_path / run, *given, updates=1)
+    assert shell(block("report"), tmp_path) == "report.html: 4 runs\n"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(run in page for run in OPTIMIZERS)
+
+
 def frame(output: str) -> list[str]:
     """The head of a table and the sentences below it, without numbers."""
     lines = [line for line in output.splitlines() if not re.match(r"\| [-\d]", line)]
@@ -276,7 +294,7 @@ def test_options_are_fairseqs_or_the_plugins() -> None:
     parser = options.get_training_parser()
     ARCH_MODEL_REGISTRY["transformer_tiny"].add_args(parser)
     known |= {*parser._option_string_actions, "--adam-betas"}
-    known |= {*find_rho.parser()._option_string_actions, *sharpness.parser()._option_string_actions}
+    known |= {option for tool in (find_rho, report, sharpness) for option in tool.parser()._option_string_actions}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README)) <= known
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import fcntl
 import hashlib
 import json
 import logging
@@ -33,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.study import Method, Row, best_value, tables
+from benchmarks.study import Method, Row, append, best_value, tables
 from examples.common.experiment import ENVIRONMENT, program
 from examples.sentiment import prepare
 from examples.sentiment.recipe import DELTA_SAM, SHARED, WORK
@@ -169,12 +168,7 @@ def run(chosen: Slice) -> Row:
 
 def keep(row: Row) -> None:
     """Add a row to the results."""
-    with RESULTS.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.writer(file, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writerow(Row._fields)
-        writer.writerow(row.written())
+    append(RESULTS, Row._fields, [row.written()])
 
 
 def work(number: int, pause_file: Path | None) -> None:

@@ -1,9 +1,12 @@
-"""The rows of a study, and the tables made of them: tensors, models and files are elsewhere."""
+"""The rows of a study, their file, and the tables made of them: tensors and models are elsewhere."""
 
 from __future__ import annotations
 
+import csv
+import fcntl
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -61,6 +64,16 @@ class Row(NamedTuple):
 
 def _number(text: str) -> float | None:
     return float(text) if text else None
+
+
+def append(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Add rows to a file, all at once, also if other processes add theirs; a new file begins with the head."""
+    with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.writer(file, lineterminator="\n")
+        if file.seek(0, 2) == 0:
+            writer.writerow(head)
+        writer.writerows(rows)
 
 
 def best_value(tried: Sequence[Row]) -> float | None:

@@ -15,6 +15,7 @@ from deltasam_plugin.fairseq.base_options import NAME
 from deltasam_plugin.fairseq.criterions.registry import (
     PerSampleLosses,
     check,
+    logits_of,
     objective_of,
     per_sample_losses_of,
     recorded_outputs,
@@ -52,12 +53,13 @@ class Checkpoint:
         every = named_parameters(self.model, self.criterion)
         return {name: p for name, p in every if p.requires_grad and id(p) not in unused}
 
-    def forward(self, sample: Any) -> tuple[Objective, int]:
+    def forward(self, sample: Any, with_logits: bool = False) -> tuple[Objective, int]:
         """One forward pass: the losses of a batch, and the size by which fairseq divides them."""
         with recorded_outputs(self.model, self.criterion_name) as outputs:
             loss, size, _ = self.criterion(self.model, sample)
-        objective = objective_of(loss, self.losses(self.criterion, self.model, sample, *outputs))
-        return objective, int(size)
+        results = (self.criterion, self.model, sample, *outputs)
+        logits = logits_of(self.criterion_name, *results) if with_logits else None
+        return objective_of(loss, self.losses(*results), logits), int(size)
 
     def sample(self, dataset: Any, indices: Sequence[int]) -> Any:
         """A batch of these samples of a dataset, on the model's device."""

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.study import Method, Row, append, best_value, tables
+from benchmarks.study_figure import draw
 from examples.common.experiment import ENVIRONMENT, program
 from examples.sentiment import prepare
 from examples.sentiment.recipe import DELTA_SAM, SHARED, WORK
@@ -167,8 +168,9 @@ def run(chosen: Slice) -> Row:
 
 
 def keep(row: Row) -> None:
-    """Add a row to the results."""
+    """Add a row to the results, and draw the figure of all."""
     append(RESULTS, Row._fields, [row.written()])
+    draw(rows(), RESULTS.with_suffix(".png"))
 
 
 def work(number: int, pause_file: Path | None) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,20 +213,22 @@ def keep(found: Sequence[Row]) -> None:
 
 
 def report(found: Sequence[Row]) -> str:
-    """Two tables, one of errors and one of cosines: means and 95 % intervals over batches."""
+    """Means and 95 % intervals over batches: of the errors, of how much they exceed SAM's, and of the cosines."""
+    values = {row[:5]: row for row in found}
     methods = list(dict.fromkeys(row.method for row in sorted(found, key=_rank)))
-    cases = list(dict.fromkeys(row[:3] for row in found))
+    measures: dict[str, Callable[[Row], float]] = {
+        "Error": lambda row: row.error,
+        "Error less that of uniform on the same batch": lambda row: row.error - values[(*row[:4], "uniform")].error,
+        "Cosine": lambda row: row.cosine,
+    }
     parts = []
-    for measured in ("error", "cosine"):
+    for title, measured in measures.items():
         lines = [("checkpoint", "batch", "ρ", "batches", *methods)]
-        for case in cases:
-            cells = []
-            values = {m: [getattr(r, measured) for r in found if (*r[:3], r.method) == (*case, m)] for m in methods}
-            for method in methods:
-                few = len(values[method]) < 2
-                cells.append("" if few else "{:.2f} ± {:.2f}".format(*interval(values[method])))
-            lines.append((case[0], str(case[1]), f"{case[2]:g}", str(len(values[methods[0]])), *cells))
-        parts.append(f"{measured.capitalize()}:\n\n{table(lines)}")
+        for case in dict.fromkeys(row[:3] for row in found):
+            own = {name: [measured(r) for r in found if r[:3] == case and r.method == name] for name in methods}
+            cells = ["{:.2f} ± {:.2f}".format(*interval(own[name])) if len(own[name]) > 1 else "" for name in methods]
+            lines.append((case[0], str(case[1]), f"{case[2]:g}", str(len(own["uniform"])), *cells))
+        parts.append(f"{title}:\n\n{table(lines)}")
     return "\n\n".join(parts)
 
 

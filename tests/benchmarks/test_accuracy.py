@@ -102,6 +102,21 @@ def test_tables_show_what_was_not_for_tuning() -> None:
     assert "+5.0 ± 1.0 (p 0.00)" in line
 
 
+def test_the_figure_shows_what_was_not_for_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
+    figure, drawn = tmp_path / "accuracy.png", []
+    for one in [row("sam", TUNING_SEED, 0.1), row("sam", TUNING_SEED, 0.2), row("adam", 2), row("adam", 3, None, 72)]:
+        accuracy.keep(one)
+        drawn.append(figure.exists())
+    assert drawn == [False, False, False, True]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    before = figure.read_bytes()
+    accuracy.keep(row("adam", 4, None, 60, noise=0.0))
+    assert figure.read_bytes() == before  # one run alone has no interval
+    accuracy.keep(row("adam", 4, None, 60))
+    assert figure.read_bytes() != before
+
+
 @pytest.mark.parametrize("method", ["adam", "sam_on"])
 def test_a_slice_trains_and_measures(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str, Path], method: str

@@ -105,7 +105,7 @@ def test_nothing_is_touched(translation_data: Path, tmp_path: Path, capsys: pyte
 
 def test_a_crash_writes_nothing(translation_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """fairseq's trainer saves crash.pt when gradients are not finite."""
-    options = [*TRANSLATION, *base(optimizer="sgd"), "--lr", 1e38, "--save-dir", tmp_path / "run"]
+    options = [*TRANSLATION, *base(optimizer="sgd"), "--lr", 1e38, "--save-dir", tmp_path]
     with pytest.raises(SystemExit) as error:
         find_rho.main(arguments(translation_data, *options))
     assert error.value.code == 2

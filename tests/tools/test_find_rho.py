@@ -13,7 +13,7 @@ import torch
 
 from deltasam_plugin import find_rho
 from deltasam_plugin.tools.range_test import RELATIVE_SHARPNESS, Point, radius_at, suggestion
-from tests.helpers.runs import INSTANCE, TRANSLATION, USER_DIR, base, delta, distance, fairseq_train, scalars
+from tests.helpers.runs import HALF, INSTANCE, TRANSLATION, USER_DIR, base, delta, distance, fairseq_train, scalars
 from tests.tools.test_sharpness import LSTM, rows
 
 SHARED: list[object] = ["--cpu", "--seed", 3, "--lr", 0.01, "--batch-size", 16, "--num-workers", 0]
@@ -72,6 +72,17 @@ def test_base_command_and_sharpness_aware_command(translation_data: Path, capsys
         assert table[0][column] < table[1][column] < table[2][column]
     assert "After 3 updates, on 1 batches." in first
     assert first.splitlines()[-1].endswith("This is a suggestion, not a promise.")
+
+
+@pytest.mark.usefixtures("cuda_is_cpu")
+@pytest.mark.parametrize("precision", [HALF, ["--amp"]], ids=["fp16", "amp"])
+def test_half_precision(translation_data: Path, capsys: pytest.CaptureFixture[str], precision: list[object]) -> None:
+    """The table is that of single precision, up to rounding."""
+    find_rho.main(arguments(translation_data, *TRANSLATION, *base()))
+    expected = cells(capsys.readouterr().out)
+    find_rho.main(arguments(translation_data, *TRANSLATION, *base(), *precision))
+    for row, single in zip(cells(capsys.readouterr().out), expected, strict=True):
+        assert row == pytest.approx(single, rel=0.2, abs=0.01)
 
 
 def test_gradient_change(translation_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

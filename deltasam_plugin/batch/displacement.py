@@ -7,10 +7,10 @@ inferred from which parameters have a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -202,10 +202,23 @@ def rewound(parameters: Sequence[PerturbedParameter], rewritten: Sequence[Tensor
         yield
 
 
+class Drawn(NamedTuple):
+    """Steps that are drawn lot by lot and kept nowhere.
+
+    Attributes:
+        moves: one per parameter, whether it moves.
+        draw: called with the flat values of each lot in turn, in the best precision that is kept of them. Returns their
+            steps, flat, at least fp32.
+    """
+
+    moves: Sequence[bool]
+    draw: Callable[[Tensor], Tensor]
+
+
 def displace(
     parameters: Sequence[PerturbedParameter],
     originals: Sequence[Tensor],
-    steps: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None] | Drawn,
     scale: Tensor,
 ) -> None:
     """Set every parameter to its original plus ``scale * step``; to be called inside :func:`restored`.
@@ -213,7 +226,7 @@ def displace(
     Args:
         parameters: what to move.
         originals: from :func:`restored`, one per parameter.
-        steps: one per parameter, of its shape; None moves nothing.
+        steps: one per parameter, of its shape; None moves nothing. Or drawn.
         scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
     """
     for _ in displaced_lots(parameters, originals, steps, scale):
@@ -223,7 +236,7 @@ def displace(
 def displaced_lots(
     parameters: Sequence[PerturbedParameter],
     originals: Sequence[Tensor],
-    steps: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None] | Drawn,
     scale: Tensor,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Like :func:`displace`, lot by lot.
@@ -233,28 +246,35 @@ def displaced_lots(
     """
     moving: list[tuple[Tensor, ...]] = []
     resting = []
+    draw, chosen = (steps.draw, steps.moves) if isinstance(steps, Drawn) else (None, steps)
     on_cpu = scale.device.type == "cpu"
     rests = on_cpu and not bool(scale)  # a GPU is not asked
-    for p, original, step in zip(parameters, originals, steps, strict=True):
-        if step is None or rests:
+    for p, original, step in zip(parameters, originals, chosen, strict=True):
+        if step is None or step is False or rests:
             resting.append((p.parameter, original))
-        elif step.shape == original.shape:
-            moving += parts_of(p.parameter, original, step, *([] if p.master is None else [p.master]))
-        else:
-            raise RuntimeError(f"A step of shape {tuple(step.shape)} for a parameter of shape {tuple(original.shape)}.")
+            continue
+        kept = [p.parameter, original] if p.master is None else [p.parameter, original, p.master]
+        if isinstance(step, Tensor):
+            if step.shape != original.shape:
+                shapes = tuple(step.shape), tuple(original.shape)
+                raise RuntimeError("A step of shape {} for a parameter of shape {}.".format(*shapes))
+            kept.append(step)
+        moving += parts_of(*kept)
     if resting:
         copy_all(*zip(*resting, strict=True))
     kinds = [tuple(tensor.dtype for tensor in tensors[2:]) for tensors in moving]
     factors = {device: scale.to(device) for device in {tensors[0].device for tensors in moving}}
     for lot in lots([original for _, original, *_ in moving], kinds):
-        targets, before, taken, *master = zip(*(moving[i] for i in lot))
+        targets, before, *more = zip(*(moving[i] for i in lot))
+        given = [] if draw else more.pop()
         original, factor = flattened(before), factors[before[0].device]
-        value = flattened(*master) if master else original
+        value = flattened(more.pop()) if more else original  # the master
+        taken = draw(value) if draw else joined(given)
         # Not addcmul: it rounds an element by where it is in its tensor.
         if on_cpu and len(lot) == 1 and targets[0].is_contiguous() and value.dtype == original.dtype:
-            moved = torch.mul(joined(taken), factor, out=targets[0].data.view(-1)).add_(value)
+            moved = torch.mul(taken, factor, out=targets[0].data.view(-1)).add_(value)
         else:
-            moved = (joined(taken) * factor).add_(value).to(original.dtype)
+            moved = (taken * factor).add_(value).to(original.dtype)
             moved = moved if on_cpu else torch.where(factor != 0, moved, original)
             pieces = moved.split([tensor.numel() for tensor in before])
             copy_all(targets, [piece.view(old.shape) for piece, old in zip(pieces, before, strict=True)])

@@ -35,7 +35,6 @@ class Measure:
             the sizes below which they are rounding, shape (B,) each.
         noise: standard deviation of its rounding error in units of that of the difference between two losses; None if
             these sizes hold in half precision too.
-        signs: whether directions are random signs. Otherwise they are standard normal.
         logits: whether it compares logits.
         least_scale: by dtype, the shortest displacement along which it rises above rounding, as a fraction of the L2
             norm of the parameters. Measured by benchmarks/probe_study.py.
@@ -44,7 +43,6 @@ class Measure:
     sides: tuple[int, ...]
     compare: Callable[[Sequence[Objective], Objective, float], tuple[Tensor, Tensor]]
     noise: float | None = None
-    signs: bool = False
     logits: bool = False
     least_scale: Mapping[torch.dtype, float] = field(default_factory=dict)
 
@@ -115,14 +113,16 @@ def logit_change(moved: Tensor, center: Logits, batch: int) -> tuple[Tensor, Ten
 
 def _variances(moved: Tensor, center: Tensor) -> Tensor:
     """Of the change of the logits and of the logits themselves, under the predictions; (2, N)."""
-    probabilities = center.softmax(dim=-1)
-    possible = probabilities > 0  # elsewhere minus infinity less minus infinity must not count
-    return torch.stack([_variance(probabilities, torch.where(possible, x, 0)) for x in (moved - center, center)])
+    probabilities, change = center.softmax(dim=-1), moved - center
+    if center.device.type != "cpu" or center.numel() == 0 or not bool(probabilities.amin() > 0):  # a GPU is not asked
+        possible = probabilities > 0  # elsewhere minus infinity less minus infinity must not count
+        change, center = (torch.where(possible, x, 0) for x in (change, center))
+    return torch.stack([_variance(probabilities, x) for x in (change, center)])
 
 
 def _variance(probabilities: Tensor, values: Tensor) -> Tensor:
-    values -= (probabilities * values).sum(dim=-1, keepdim=True)
-    return (probabilities * values.square_()).sum(dim=-1).double()
+    centred = values - (probabilities * values).sum(dim=-1, keepdim=True)
+    return (probabilities * centred.square_()).sum(dim=-1).double()
 
 
 def rounding_floor(displaced: Sequence[Tensor], center: Tensor, eps: float) -> Tensor:
@@ -194,7 +194,6 @@ MEASURES: dict[str, Measure] = {
         sides=(1,),
         compare=_losses(first_difference),
         noise=1.0,
-        signs=True,
         least_scale={torch.bfloat16: 0.03},
     ),
     "logit_change": Measure(

@@ -187,35 +187,6 @@ def sharpness_aware_loss(
     return _SharpnessAware.apply(anchor, value, backward), statistics
 
 
-def displaced_loss(
-    forward: Callable[[], Tensor],
-    displaced: Callable[[], AbstractContextManager[None]],
-    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
-) -> Tensor:
-    """The loss at displaced parameters, with its gradient there, of one forward pass.
-
-    Between the forward and the backward pass the parameters are where they were. The graph reads them, so the backward
-    pass runs at the displaced ones again.
-
-    Args:
-        forward: forward pass; returns the loss, scalar.
-        displaced: makes a context in which the parameters are displaced, each time by the same.
-        guard: as for :func:`sharpness_aware_loss`.
-
-    Returns:
-        The loss, to be used as any loss, once.
-    """
-    with guard(), closing_contexts(), displaced():
-        loss = forward()
-
-    def backward(grad_output: Tensor) -> None:
-        with guard(), closing_contexts(), displaced():
-            loss.backward(grad_output.to(loss.dtype))
-
-    anchor = torch.zeros((), device=loss.device, requires_grad=True)
-    return _SharpnessAware.apply(anchor, loss.detach(), backward)
-
-
 def check_losses(losses: Tensor) -> None:
     """Refuse losses that are not one for each sample.
 

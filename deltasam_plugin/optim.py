@@ -12,10 +12,9 @@ from torch.optim import Optimizer
 
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
-from deltasam_plugin.loss import Logits, Objective, Statistics
+from deltasam_plugin.loss import Logits, Objective, Statistics, sharpness_aware_loss
 from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
@@ -48,8 +47,6 @@ class DeltaSAM(Optimizer):
         loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
         group: in instance mode, so many samples in a row of the batch share a perturbation.
         adaptive: filters, such as the rows of a matrix, are perturbed in proportion to their norms (ASAM).
-        ascent: along the ``gradient``; or against the base optimizer's ``momentum`` (Momentum-SAM), with no first pass.
-            What :meth:`step` returns is then the loss at the perturbed parameters.
         interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
         warmup_updates: the radius grows linearly over so many steps.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up.
@@ -79,7 +76,6 @@ class DeltaSAM(Optimizer):
         loss_budget: float | None = None,
         group: int = Settings.group,
         adaptive: bool = Settings.adaptive,
-        ascent: str = Settings.ascent,
         interval: int = Settings.interval,
         warmup_updates: int = Settings.warmup_updates,
         rho_schedule: str = Settings.rho_schedule,
@@ -96,7 +92,6 @@ class DeltaSAM(Optimizer):
             loss_budget=loss_budget,
             group=group,
             adaptive=adaptive,
-            ascent=ascent,
             interval=interval,
             warmup_updates=warmup_updates,
             rho_schedule=rho_schedule,
@@ -199,15 +194,15 @@ class DeltaSAM(Optimizer):
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
             if schedule.perturbs(self.settings, step):
-                rho = schedule.radius(self.settings, step, self._relative_lr())
-                loss, self.statistics = perturbations.loss(first, lambda: objective_of(closure()).loss, step, rho)
+                perturbation = perturbations.of_batch(step, schedule.radius(self.settings, step, self._relative_lr()))
+                loss, self.statistics = sharpness_aware_loss(
+                    first, lambda: objective_of(closure()).loss, perturbation, perturbations.devices
+                )
             else:
                 loss, self.statistics = first().loss, None
             with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
                 loss.backward()
         self.base_optimizer.step()
-        if self.settings.ascent == "momentum":
-            check_momentum(self.state.values(), type(self.base_optimizer).__name__)
         group[STEP] = step + 1
         return loss.detach()
 
@@ -235,13 +230,7 @@ class DeltaSAM(Optimizer):
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
             named = {name: PerturbedParameter(parameter) for name, parameter in self._names().items()}
             chosen = chosen_parameters(named, self.settings)
-            self._perturbations = Perturbations(
-                chosen,
-                self.settings,
-                held=trained,
-                checks=self._checks,
-                momentum=lambda item: momentum_of(self.state.get(item.parameter, {})),
-            )
+            self._perturbations = Perturbations(chosen, self.settings, held=trained, checks=self._checks)
         return self._perturbations
 
     def _names(self) -> dict[str, Tensor]:

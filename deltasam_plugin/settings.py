@@ -6,11 +6,9 @@ import math
 import re
 from dataclasses import dataclass
 
-from deltasam_plugin.batch.measures import Measure
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 
 PERTURBATIONS = ("batch", "instance")
-ASCENTS = ("gradient", "momentum")
 SCHEDULES = ("constant", "lr")
 # Samples of a batch cancel out in its gradient, and in instance mode they do not: the loss rises more at one radius.
 DEFAULT_RHO = {"batch": 0.05, "instance": 0.01}
@@ -40,8 +38,6 @@ class Settings:
             loss (m-sharpness). With M = B it is SAM.
         adaptive: filters are perturbed in proportion to their size, and the radius is measured in that proportion. See
             :func:`~deltasam_plugin.adaptive.filter_scale`.
-        ascent: ``gradient``: along that of the samples. ``momentum``: against that of the base optimizer. This needs no
-            first pass, and uses no weighting, probes and sync. See :mod:`deltasam_plugin.batch.momentum`.
         interval: N >= 1. Every N-th update is sharpness-aware; those between are the base optimizer's own.
         warmup_updates: N >= 0. The radius grows linearly over the first N updates.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate after the warm-up.
@@ -62,7 +58,6 @@ class Settings:
     loss_budget: float | None = None
     group: int = 1
     adaptive: bool = False
-    ascent: str = "gradient"
     interval: int = 1
     warmup_updates: int = 0
     rho_schedule: str = "constant"
@@ -108,18 +103,6 @@ class Settings:
                 f"Invalid group={self.group} (--sam-group) with perturbation='batch': there all samples share one. Use "
                 "--sam-perturbation instance, or leave it out."
             )
-        if self.ascent not in ASCENTS:
-            raise ValueError(f"Unknown ascent={self.ascent!r} (--sam-ascent). Choose one of: {', '.join(ASCENTS)}.")
-        if self.ascent == "momentum" and self.perturbation == "instance":
-            raise ValueError(
-                "Invalid ascent='momentum' (--sam-ascent) with perturbation='instance': the momentum is that of no "
-                "sample. Use --sam-perturbation batch."
-            )
-        if self.ascent == "momentum" and self.loss_budget is not None:
-            raise ValueError(
-                f"Invalid loss_budget={self.loss_budget!r} (--sam-loss-budget) with ascent='momentum': by how much a "
-                "momentum raises the loss is not known. Leave one of them out."
-            )
         if self.rho_schedule not in SCHEDULES:
             raise ValueError(
                 f"Unknown rho_schedule={self.rho_schedule!r} (--sam-rho-schedule). "
@@ -154,15 +137,9 @@ class Settings:
         return self.parameters is None or re.search(self.parameters, name) is not None
 
     @property
-    def measure(self) -> Measure | None:
-        """What probes measure, None if there are none. At a radius of zero instance mode probes as batch mode does."""
-        weighted = self.ascent == "gradient" and (self.perturbation == "batch" or self.radius == 0)
-        return WEIGHTINGS[self.weighting].measure if weighted else None
-
-    @property
     def compares_logits(self) -> bool:
-        """Whether the forward pass must give logits."""
-        return self.measure is not None and self.measure.logits
+        """Whether the forward pass must give logits. At a radius of zero instance mode probes as batch mode does."""
+        return WEIGHTINGS[self.weighting].by_logits and (self.perturbation == "batch" or self.radius == 0)
 
 
 def _integer(value: object, least: int) -> bool:

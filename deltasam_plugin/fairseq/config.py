@@ -6,7 +6,7 @@ from typing import Optional
 from fairseq.dataclass import FairseqDataclass
 
 from deltasam_plugin.batch.weighting import WEIGHTINGS
-from deltasam_plugin.settings import ASCENTS, DEFAULT_RHO, PERTURBATIONS, SCHEDULES, Settings
+from deltasam_plugin.settings import DEFAULT_RHO, PERTURBATIONS, SCHEDULES, Settings
 
 
 @dataclass
@@ -53,12 +53,6 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
     sam_adaptive: bool = field(
         default=Settings.adaptive,
         metadata={"help": "perturb each filter, such as a row of a matrix, in proportion to its norm (ASAM)"},
-    )
-    sam_ascent: str = field(
-        default=Settings.ascent,
-        metadata={
-            "help": f"direction of the ascent: {', '.join(ASCENTS)} of the base optimizer, without a pass of its own"
-        },
     )
     sam_interval: int = field(
         default=Settings.interval, metadata={"help": "every N-th update is sharpness-aware, plain ones are between"}

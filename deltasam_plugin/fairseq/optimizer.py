@@ -8,8 +8,6 @@ of the base optimizer, and the other way round.
 import logging
 import weakref
 from argparse import ArgumentParser
-from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.momentum import check_momentum
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
 from deltasam_plugin.fairseq.backward import BackwardPasses
@@ -68,7 +65,6 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     peak_lr: float
     _warned: bool = False
     _announced: bool = False
-    _has_momentum: bool = False
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -87,10 +83,6 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
-        if self.settings.ascent == "momentum" and not self._has_momentum:
-            with one_message():
-                check_momentum(self._states.values(), self.names.optimizer)
-            self._has_momentum = True
 
     @property
     def updates(self) -> int:
@@ -136,22 +128,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 named = chosen_parameters(named, self.settings)
             checks = None if perturbations is None else perturbations.checks
             leaves = [parameter for _, parameter in every]
-            perturbations = Perturbations(
-                named,
-                self.settings,
-                leaves,
-                workers=self.workers,
-                checks=checks,
-                momentum=lambda item: self.parameters.momentum_of(self._states, item),
-            )
+            perturbations = Perturbations(named, self.settings, leaves, workers=self.workers, checks=checks)
             self._perturbations[modules] = parameters, perturbations
         return perturbations
-
-    @property
-    def _states(self) -> Mapping[Any, Mapping[str, Any]]:
-        """The base optimizer's state of each parameter. The optimizer `composite` consists of several."""
-        parts = getattr(self.optimizer, "optimizers", {})
-        return ChainMap(*(part.optimizer.state for part in parts.values())) if parts else self.optimizer.state
 
     @property
     def workers(self) -> Workers:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.momentum import momentum_of
 from deltasam_plugin.fairseq.errors import Unsupported
 
 
@@ -49,24 +47,6 @@ class TrainedParameters:
             trained = [p for p in parameters if p in copies and id(p) not in unused]
             self._lists[modules] = key, [PerturbedParameter(p, copies[p], id(p) in rewritten) for p in trained]
         return self._lists[modules][1]
-
-    def momentum_of(self, states: Mapping[Any, Mapping[str, Any]], item: PerturbedParameter) -> Tensor | None:
-        """The momentum of a parameter, of its shape; None if there is none (yet).
-
-        Args:
-            states: of the base optimizer, by what it was given.
-            item: one of :meth:`of`. The optimizer holds the parameter itself, its copy, or one flat copy of all.
-        """
-        master = item.parameter if item.master is None else item.master
-        momentum = momentum_of(states.get(master, {}))
-        if (
-            momentum is None
-            and len(self._given) == 1
-            and (flat := momentum_of(states.get(self._given[0], {}))) is not None
-        ):
-            start = master.storage_offset() - self._given[0].storage_offset()
-            momentum = flat.flatten()[start : start + master.numel()].view_as(master)
-        return momentum
 
 
 def named_parameters(model: nn.Module, criterion: nn.Module) -> list[tuple[str, nn.Parameter]]:

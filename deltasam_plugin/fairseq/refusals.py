@@ -27,14 +27,10 @@ REFUSED: list[tuple[str, str, str | int, str]] = [
     ("model", "quant_noise_scalar", 0, "every forward pass would count as an update, and probes would change "
      "the scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip
-REWRITES = "the forward pass rewrites the weights"
-REFUSED_TOGETHER = [
-    # option of δ-SAM, its value, option of the model, reason, remedy
-    ("sam_perturbation", "instance", "checkpoint_activations",
-     "it runs layers again in backward, where their output gradients are not recorded", "batch"),
-    ("sam_perturbation", "instance", "quant_noise_pq", REWRITES, "batch"),
-    ("sam_ascent", "momentum", "quant_noise_pq", REWRITES, "gradient"),
-]  # fmt: skip
+REFUSED_PER_INSTANCE = {
+    "checkpoint_activations": "it runs layers again in backward, where their output gradients are not recorded",
+    "quant_noise_pq": "the forward pass rewrites the weights",
+}
 
 
 def refuse_unsupported(root: DictConfig) -> None:
@@ -67,12 +63,13 @@ def refuse_unsupported(root: DictConfig) -> None:
         if refused:
             name = section if name == "_name" else name
             raise ValueError(f"Invalid {name}={found!r} ({_flag(name)}): {reason}")
-    for own, value, name, reason, remedy in REFUSED_TOGETHER:
-        if option(root, "optimizer", own) == value and (found := option(root, "model", name)):
-            raise ValueError(
-                f"Invalid {name}={found!r} ({_flag(name)}) with {_flag(own)} {value}: {reason}. "
-                f"Leave it out, or use {_flag(own)} {remedy}."
-            )
+    if option(root, "optimizer", "sam_perturbation") == "instance":
+        for name, reason in REFUSED_PER_INSTANCE.items():
+            if found := option(root, "model", name):
+                raise ValueError(
+                    f"Invalid {name}={found!r} ({_flag(name)}) with --sam-perturbation instance: {reason}. "
+                    "Leave it out, or use --sam-perturbation batch."
+                )
 
 
 def option(root: DictConfig, section: str, name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fairseq.logging import metrics
 
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import Settings
 
@@ -44,8 +45,7 @@ def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
     if settings.perturbation == "instance" and settings.radius > 0:
         return OF_PROBES
-    unknown = {"sharpness"} if settings.ascent == "momentum" else set()
-    return {"ascent_gnorm_std"} | unknown | (OF_PROBES if settings.measure is None else set())
+    return {"ascent_gnorm_std"} | (OF_PROBES if WEIGHTINGS[settings.weighting].measure is None else set())
 
 
 def log_entries(statistics: Statistics, settings: Settings, rho: float) -> dict[str, Any]:

@@ -26,9 +26,10 @@ SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEAN
 
 def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
-    if settings.perturbation == "instance" and settings.radius > 0:
-        return OF_PROBES
-    return {"ascent_gnorm_std"} | (OF_PROBES if WEIGHTINGS[settings.weighting].measure is None else set())
+    of_probes = set() if settings.weighs and WEIGHTINGS[settings.weighting].measure is not None else OF_PROBES
+    if settings.ascent == "momentum":
+        return of_probes | {"ascent_gnorm_std", "sharpness"}
+    return of_probes | (set() if settings.perturbation == "instance" and settings.radius > 0 else {"ascent_gnorm_std"})
 
 
 def log_entries(statistics: Statistics, settings: Settings, rho: float) -> dict[str, Any]:

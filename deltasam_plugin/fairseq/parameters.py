@@ -52,7 +52,7 @@ class TrainedParameters:
         """What the optimizer was given for a parameter: itself, its fp32 copy, or the flat copy of all."""
         if item.master is None:
             return item.parameter
-        return item.master if item.master.shape == self.given[0].shape or len(self.given) > 1 else self.given[0]
+        return self.given[0] if len(self.given) == 1 else item.master
 
 
 def part_of(item: PerturbedParameter, holder: Tensor, values: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+from deltasam_plugin.fairseq.parameters import TrainedParameters, part_of
 from tests.helpers.runs import ADAM, TRANSLATION, assert_same_model, base, delta, distance, fairseq_train, scalars
 
 UNIFORM: list[object] = ["--sam-weighting", "uniform"]
@@ -84,6 +86,21 @@ def test_flat_masters_have_the_momentum_of_every_parameter(
         for name, more in (("fp16", []), ("fp16 flattened", []), ("amp", ["--sam-rho", 0]))
     )
     assert 10 * distance(whole, flat) < distance(whole, plain)
+
+
+def test_where_the_momentum_of_a_parameter_is() -> None:
+    """In what the optimizer was given: the parameter, its copy, or a part of the flat copy of all."""
+    model, criterion = nn.Linear(4, 3).half(), nn.Identity()
+    copies = [p.detach().float() for p in model.parameters()]
+    flat = torch.cat([copy.flatten() for copy in copies])
+    for given in (list(model.parameters()), copies, [flat]):
+        parameters = TrainedParameters(given)
+        values = {holder: torch.arange(holder.numel()).view(holder.shape) for holder in given}
+        found = [part_of(item, holder, values[holder]) for item in parameters.of(model, criterion)
+                 for holder in [parameters.holder(item)]]  # fmt: skip
+        assert [part.shape for part in found] == [p.shape for p in model.parameters()]
+        assert found[1].tolist() == ([12, 13, 14] if given[0] is flat else [0, 1, 2])
+        assert found[0].flatten().tolist() == list(range(12))
 
 
 def test_one_pass_against_the_momentum_of_another_run(translation_data: Path, tmp_path: Path) -> None:

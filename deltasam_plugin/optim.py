@@ -242,13 +242,13 @@ class DeltaSAM(Optimizer):
             raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
             named = {name: PerturbedParameter(parameter) for name, parameter in self._names().items()}
-            chosen = chosen_parameters(named, self.settings)
+            chosen, base = chosen_parameters(named, self.settings), self.base_optimizer
             self._perturbations = Perturbations(
                 chosen,
                 self.settings,
                 held=trained,
                 checks=self._checks,
-                momentum=lambda item: momentum_of(self.state.get(item.parameter, {})),
+                momentum=lambda item: momentum_of(base.state.get(item.parameter, {})),
             )
         return self._perturbations
 

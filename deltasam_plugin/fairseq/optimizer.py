@@ -126,8 +126,14 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 named = chosen_parameters(named, self.settings)
             checks = None if perturbations is None else perturbations.checks
             leaves = [parameter for _, parameter in every]
+            own = weakref.proxy(self)  # no cycle: an optimizer that nobody uses must be gone at once
             perturbations = Perturbations(
-                named, self.settings, leaves, workers=self.workers, checks=checks, momentum=self._momentum
+                named,
+                self.settings,
+                leaves,
+                workers=self.workers,
+                checks=checks,
+                momentum=lambda item: own._momentum(item),
             )
             self._perturbations[modules] = parameters, perturbations
         return perturbations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,13 @@ def test_an_optimizer_without_momentum_is_refused(
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         optimizer.step(losses_of(model))
+
+
+@pytest.mark.parametrize("ascent", ["gradient", *DIRECTIONS])
+def test_an_optimizer_that_nobody_uses_is_gone_at_once(ascent: str) -> None:
+    """With its momentum and all else that it holds; no collector of cycles is waited for."""
+    gone = weakref.ref(trained("adam", ascent)[1])
+    assert gone() is None
 
 
 def test_what_is_taken_for_a_momentum() -> None:

@@ -19,6 +19,11 @@ parameters, optimizer state and the most that one update allocates beside them.
   instance                  DeltaSAM with perturbation="instance": exact, one perturbation for each sample
   loop                      the same update as instance, one sample at a time; only if asked for
 
+Further choices, each by one option more than SAM or instance have (--methods choices; one case, one line for each):
+
+  ASAM, SAM-ON, budget, Momentum-SAM, noise, WSAM, GSAM
+  instance, adaptive; instance, SAM-ON; instance, budget; instance, group 4
+
 The table is kept in benchmarks/README.md; `python benchmarks/figures.py` draws the figures from it.
 """
 
@@ -36,7 +41,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +59,20 @@ LAYERS, WORDS, PAD, RHO = 3, 8000, 1, 0.05
 METHODS = ADAM, SAM, PEER, CURVATURE, KL, INSTANCE, LOOP = (
     "Adam", "SAM", "SAM of pytorch_optimizer", "δ-SAM", "δ-SAM, kl", "instance", "loop",
 )  # fmt: skip
+NORMS = "layer_norm"  # SAM-ON perturbs normalization layers only
+CHOICES: dict[str, dict[str, Any]] = {
+    "ASAM": {"weighting": "uniform", "adaptive": True},
+    "SAM-ON": {"weighting": "uniform", "parameters": NORMS},
+    "budget": {"weighting": "uniform", "loss_budget": 0.1},
+    "Momentum-SAM": {"ascent": "momentum"},
+    "noise": {"weighting": "uniform", "ascent": "noise"},
+    "WSAM": {"weighting": "uniform", "descent": "weighted", "descent_weight": 2.0},
+    "GSAM": {"weighting": "uniform", "descent": "surrogate_gap"},
+    "instance, adaptive": {"perturbation": "instance", "adaptive": True},
+    "instance, SAM-ON": {"perturbation": "instance", "parameters": NORMS},
+    "instance, budget": {"perturbation": "instance", "loss_budget": 0.1},
+    "instance, group 4": {"perturbation": "instance", "group": 4},
+}
 
 
 class Case(NamedTuple):
@@ -115,13 +134,13 @@ def methods(case: Case, padded: bool, wanted: Sequence[str], dtype: torch.dtype 
     options = {"lr": 1e-5, "betas": (0.9, 0.98)}
     found: dict[str, Updates] = {}
 
-    def model_and_losses() -> tuple[list[nn.Parameter], Losses]:
+    def model_and_losses() -> tuple[nn.Module, Losses]:
         model = transformer(case.width).train()
-        return list(model.parameters()), random_losses(model, case, padded, dtype)
+        return model, random_losses(model, case, padded, dtype)
 
     def adam() -> None:
-        parameters, losses = model_and_losses()
-        optimizer = torch.optim.Adam(parameters, **options)
+        model, losses = model_and_losses()
+        optimizer = torch.optim.Adam(model.parameters(), **options)
 
         def update(samples: slice) -> None:
             optimizer.zero_grad()
@@ -131,8 +150,8 @@ def methods(case: Case, padded: bool, wanted: Sequence[str], dtype: torch.dtype 
         found[ADAM] = update, optimizer
 
     def peer() -> None:
-        parameters, losses = model_and_losses()
-        optimizer = PeerSAM(parameters, torch.optim.Adam, rho=RHO, **options)
+        model, losses = model_and_losses()
+        optimizer = PeerSAM(list(model.parameters()), torch.optim.Adam, rho=RHO, **options)
 
         def update(samples: slice) -> None:
             losses(samples)[0].mean().backward()
@@ -142,9 +161,9 @@ def methods(case: Case, padded: bool, wanted: Sequence[str], dtype: torch.dtype 
 
         found[PEER] = update, optimizer
 
-    def ours(name: str, **settings: str) -> None:
-        parameters, losses = model_and_losses()
-        optimizer = DeltaSAM(parameters, torch.optim.Adam, rho=RHO, **settings, **options)
+    def ours(name: str, **settings: Any) -> None:
+        model, losses = model_and_losses()
+        optimizer = DeltaSAM(model.named_parameters(), torch.optim.Adam, rho=RHO, **settings, **options)
 
         def update(samples: slice) -> None:
             optimizer.step(lambda: losses(samples) if name == KL else losses(samples)[0])
@@ -152,7 +171,8 @@ def methods(case: Case, padded: bool, wanted: Sequence[str], dtype: torch.dtype 
         found[name] = update, optimizer
 
     def loop() -> None:
-        parameters, losses = model_and_losses()
+        model, losses = model_and_losses()
+        parameters = list(model.parameters())
         optimizer = torch.optim.Adam(parameters, **options)
         found[LOOP] = partial(update_by_loop, losses, parameters, optimizer, case.batch), optimizer
 
@@ -164,6 +184,7 @@ def methods(case: Case, padded: bool, wanted: Sequence[str], dtype: torch.dtype 
         KL: partial(ours, KL, weighting="kl"),
         INSTANCE: partial(ours, INSTANCE, perturbation="instance"),
         LOOP: loop,
+        **{name: partial(ours, name, **settings) for name, settings in CHOICES.items()},
     }
     for name in wanted:
         made[name]()
@@ -275,24 +296,37 @@ def cases() -> list[Case]:
     return list(dict.fromkeys([*found, *LONG]))
 
 
+def print_choices(row: Row) -> None:
+    """Print one line for each choice, of one case."""
+    print("| choice | seconds, memory |\n|---|---|")
+    for name, cell in zip(others(row.seconds), row.cells()[len(Case._fields) + 1 :], strict=True):
+        print(f"| {name} | {cell} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="these cases, WIDTH,TOKENS,BATCH each, instead of all")
     parser.add_argument("--padded", action="store_true", help="sentences of different lengths")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS[:-1], help="these, and SAM")
+    every = [*METHODS, *CHOICES, "choices"]
+    parser.add_argument("--methods", nargs="+", choices=every, default=METHODS[:-1], help="these, and SAM")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the forward passes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
     chosen = [Case(*map(int, case.split(","))) for case in arguments.only] if arguments.only else cases()
-    wanted = [name for name in METHODS if name == SAM or name in arguments.methods]
+    named = [*arguments.methods, *([ADAM, INSTANCE, *CHOICES] if "choices" in arguments.methods else [])]
+    wanted = [name for name in (*METHODS, *CHOICES) if name == SAM or name in named]
+    dtype = PRECISIONS[arguments.precision]
+    if "choices" in arguments.methods:
+        print_choices(measure(chosen[0], arguments.rounds, arguments.padded, wanted, dtype))
+        return
     header = [*Case._fields, f"{SAM}, s", *others(wanted)]
     header += [f"{LOOP} : {INSTANCE}"] if {LOOP, INSTANCE} <= set(wanted) else []
     print("| " + " | ".join(header) + " |\n|" + "---|" * len(header), flush=True)
     for case in chosen:
-        row = measure(case, arguments.rounds, arguments.padded, wanted, PRECISIONS[arguments.precision])
+        row = measure(case, arguments.rounds, arguments.padded, wanted, dtype)
         print("| " + " | ".join(row.cells()) + " |", flush=True)
 
 

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
-from deltasam_plugin.loss import Logits, Objective, Statistics, sharpness_aware_loss
+from deltasam_plugin.loss import Logits, Objective, Statistics
 from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
@@ -47,6 +48,11 @@ class DeltaSAM(Optimizer):
         loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
         group: in instance mode, so many samples in a row of the batch share a perturbation.
         adaptive: filters, such as the rows of a matrix, are perturbed in proportion to their norms (ASAM).
+        ascent: along the ``gradient``; along its ``noise``, the part orthogonal to the base optimizer's momentum; or
+            against the ``momentum``, with no pass of its own. The loss is then the one at the perturbed parameters.
+        descent: along the ``perturbed`` gradient; ``weighted`` with the one at w (WSAM); or without what widens the
+            ``surrogate_gap`` (GSAM).
+        descent_weight: of the latter two, by default 9 and 0.4.
         interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
         warmup_updates: the radius grows linearly over so many steps.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up.
@@ -76,6 +82,9 @@ class DeltaSAM(Optimizer):
         loss_budget: float | None = None,
         group: int = Settings.group,
         adaptive: bool = Settings.adaptive,
+        ascent: str = Settings.ascent,
+        descent: str = Settings.descent,
+        descent_weight: float | None = None,
         interval: int = Settings.interval,
         warmup_updates: int = Settings.warmup_updates,
         rho_schedule: str = Settings.rho_schedule,
@@ -92,6 +101,9 @@ class DeltaSAM(Optimizer):
             loss_budget=loss_budget,
             group=group,
             adaptive=adaptive,
+            ascent=ascent,
+            descent=descent,
+            descent_weight=descent_weight,
             interval=interval,
             warmup_updates=warmup_updates,
             rho_schedule=rho_schedule,
@@ -194,15 +206,16 @@ class DeltaSAM(Optimizer):
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
             if schedule.perturbs(self.settings, step):
-                perturbation = perturbations.of_batch(step, schedule.radius(self.settings, step, self._relative_lr()))
-                loss, self.statistics = sharpness_aware_loss(
-                    first, lambda: objective_of(closure()).loss, perturbation, perturbations.devices
-                )
+                rho = schedule.radius(self.settings, step, self._relative_lr())
+                loss, self.statistics = perturbations.loss(first, lambda: objective_of(closure()).loss, step, rho)
             else:
                 loss, self.statistics = first().loss, None
             with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
                 loss.backward()
         self.base_optimizer.step()
+        if step == 0 and self.settings.ascent != "gradient":
+            stepped = (p for each in self.param_groups for p in each["params"] if p.grad is not None)
+            check_momentum((self.state.get(p, {}) for p in stepped), self.settings.ascent)
         group[STEP] = step + 1
         return loss.detach()
 
@@ -229,8 +242,14 @@ class DeltaSAM(Optimizer):
             raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
             named = {name: PerturbedParameter(parameter) for name, parameter in self._names().items()}
-            chosen = chosen_parameters(named, self.settings)
-            self._perturbations = Perturbations(chosen, self.settings, held=trained, checks=self._checks)
+            chosen, base = chosen_parameters(named, self.settings), self.base_optimizer
+            self._perturbations = Perturbations(
+                chosen,
+                self.settings,
+                held=trained,
+                checks=self._checks,
+                momentum=lambda item: momentum_of(base.state.get(item.parameter, {})),
+            )
         return self._perturbations
 
     def _names(self) -> dict[str, Tensor]:
@@ -261,8 +280,9 @@ def objective_of(returned: Any) -> Objective:
             f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
             "loss function with reduction='none'."
         )
+    factor = 1 / max(losses.numel(), 1)
     if logits is None:
-        return Objective(losses.mean(), losses)
+        return Objective(losses.mean(), losses, factor=factor)
     if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.size(0) != losses.numel():
         found = tuple(logits.shape) if isinstance(logits, Tensor) else repr(logits)
         raise ValueError(
@@ -274,4 +294,4 @@ def objective_of(returned: Any) -> Objective:
             f"Invalid counted: the closure returned {tuple(counted.shape)} of {counted.dtype} beside logits "
             f"{tuple(logits.shape)}. Must be boolean {tuple(logits.shape[:-1])}, e.g. target != padding."
         )
-    return Objective(losses.mean(), losses, logits=Logits.by_sample(logits.detach(), counted))
+    return Objective(losses.mean(), losses, logits=Logits.by_sample(logits.detach(), counted), factor=factor)

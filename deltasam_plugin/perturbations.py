@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.momentum import MomentumDisplacement, MomentumOf
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.errors import listing
 from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
-from deltasam_plugin.loss import Perturbation
+from deltasam_plugin.loss import Objective, Perturbation, Statistics, displaced_loss, sharpness_aware_loss
 from deltasam_plugin.settings import Settings
 
 
@@ -50,6 +53,7 @@ class Perturbations:
         leaves, held: see :class:`~deltasam_plugin.batch.perturbation.BatchPerturbation`.
         workers: those that share one perturbation; by default this one alone.
         checks: those of the run, if it goes on with other parameters; by default a run begins.
+        momentum: the base optimizer's momentum of a parameter; None where there is none yet.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class Perturbations:
         held: Sequence[Tensor] = (),
         workers: Workers = NO_SYNC,
         checks: Checks | None = None,
+        momentum: MomentumOf = lambda parameter: None,
     ) -> None:
         self._settings = settings
+        self._momentum = momentum
         self._parameters = list(parameters.values())
         self._leaves, self._held, self._workers = leaves, held, workers
         self.checks = Checks() if checks is None else checks
@@ -96,7 +102,7 @@ class Perturbations:
         return settings == self._settings and [*map(id, held)] == [*map(id, self._held)]
 
     def of_batch(self, step: int = 0, rho: float | None = None) -> Perturbation:
-        """The perturbation of one (micro-)batch.
+        """The perturbation of one (micro-)batch, along a gradient.
 
         Args:
             step: the caller's count of steps, if it has one.
@@ -107,5 +113,37 @@ class Perturbations:
         if self._engine is not None:
             return InstancePerturbation(self._engine, self.checks, rho)
         return BatchPerturbation(
-            self._parameters, self._leaves, self._settings, step, self._workers, self.checks, self._held, rho
+            self._parameters,
+            self._leaves,
+            self._settings,
+            step,
+            self._workers,
+            self.checks,
+            self._held,
+            rho,
+            self._momentum,
         )
+
+    def loss(
+        self,
+        first: Callable[[], Objective],
+        second: Callable[[], Tensor],
+        step: int,
+        rho: float,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> tuple[Tensor, Statistics]:
+        """The loss of one (micro-)batch, and its statistics.
+
+        Args:
+            first, second, guard: see :func:`~deltasam_plugin.loss.sharpness_aware_loss`. Against the momentum there is
+                only the second pass, and the loss is that at the displaced parameters.
+            step, rho: as for :meth:`of_batch`.
+        """
+        if self._settings.ascent != "momentum":
+            return sharpness_aware_loss(first, second, self.of_batch(step, rho), self.devices, guard)
+        statistics = Statistics.zeros(self._parameters[0].parameter.device)
+        momenta = [self._momentum(parameter) for parameter in self._parameters]
+        displacement = MomentumDisplacement(self._parameters, momenta, rho, self._settings.adaptive)
+        return displaced_loss(
+            second, partial(displacement.forward, statistics), displacement.backward, guard
+        ), statistics

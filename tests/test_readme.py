@@ -20,6 +20,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from deltasam_plugin import find_rho, report, sharpness
+from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.measures import MEASURES
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
@@ -329,6 +330,8 @@ def test_options_and_their_defaults() -> None:
     expected = {name: "off" if value is False else str(value) for name, value in defaults.items()}
     expected |= {"`--sam-rho`": f"{DEFAULT_RHO['batch']}; `instance`: {DEFAULT_RHO['instance']}"}
     expected |= {"`--sam-parameters`": "all", "`--sam-loss-budget`": "none"}
+    weights = {name: own.weight for name, own in DESCENTS.items() if own.weight is not None}
+    expected |= {"`--sam-descent-weight`": "; ".join(f"`{name}`: {weight:g}" for name, weight in weights.items())}
     assert {row["option"]: row["default"] for row in rows(README, "option")} == expected
 
 
@@ -346,6 +349,23 @@ def test_results_are_those_of_the_example() -> None:
     assert results == rows((ROOT / "examples" / "sentiment" / "README.md").read_text(), "run")
     assert tuple(results[0]) == TITLES
     assert [row["run"] for row in results] == list(OPTIMIZERS)[: len(results)]
+
+
+def test_costs_of_methods_are_those_of_the_table_of_choices() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    measured = {row["choice"]: row["seconds, memory"].split()[0] for row in rows(page, "choice")}
+    shown = [cost for row in rows(README, "method") for cost in row["cost"].split("; ")]
+    assert len(measured) > 1
+    for choice, ratio in measured.items():
+        mode, _, name = choice.rpartition(", ")
+        cost = (
+            f"Adam alone: {ratio}"
+            if name == "Adam"
+            else f"`instance`: {ratio}"
+            if mode and name != "group 4"
+            else ratio
+        )
+        assert cost in shown, choice
 
 
 def test_costs_are_those_of_the_full_table() -> None:

@@ -34,7 +34,7 @@ def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor]
         uncovered: those of them that instance mode leaves unperturbed.
     """
     mode: dict[str, Any] = {"rho": settings.radius, "perturbation": settings.perturbation}
-    if settings.perturbation == "batch":
+    if settings.weighs:
         mode["weighting"] = settings.weighting
         if WEIGHTINGS[settings.weighting].measure is not None:
             mode["probes"] = settings.probes
@@ -57,7 +57,7 @@ def warn_of_half_precision(parameters: Sequence[PerturbedParameter], settings: S
     if settings.perturbation != "batch" or not rounding.coarse:
         return
     measure = WEIGHTINGS[settings.weighting].measure
-    if measure is not None:
+    if settings.weighs and measure is not None:
         least = measure.least_scale.get(dtype, 0)
         details = ""
         if least > settings.probe_scale:

@@ -5,6 +5,7 @@ the base's own. Only ``forward`` in training is δ-SAM's.
 """
 
 from argparse import ArgumentParser
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +32,7 @@ from deltasam_plugin.fairseq.optimizer import active_optimizer
 from deltasam_plugin.fairseq.parameters import named_parameters
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from deltasam_plugin.fairseq.scalars import PREFIX, log_entries, log_scalars
-from deltasam_plugin.loss import Objective, sharpness_aware_loss
+from deltasam_plugin.loss import Objective
 
 OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig, PER_SAMPLE_LOSSES.__contains__)
 
@@ -58,7 +59,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
             optimizer.backward_passes.skip()
             return forward(model, sample, *args, **kwargs)
         inner = unwrapped(model)  # the ascent must not start a distributed wrapper's exchange of gradients
-        results: list[tuple[Any, dict[str, Any]]] = []
+        results: list[Sequence[Any]] = []  # sample size and logging output of each pass
         rho = optimizer.rho
 
         def objective(network: nn.Module) -> tuple[Objective, tuple[Any, dict[str, Any]]]:
@@ -88,12 +89,13 @@ class SharpnessAwareCriterion(FairseqCriterion):
         def second() -> Tensor:
             if layered:
                 return objective(model)[0].losses.sum()
-            return forward(model, sample, *args, **kwargs)[0].reshape(())  # adaptive_loss gives (1,)
+            loss, *result = forward(model, sample, *args, **kwargs)
+            results.append(result)
+            return loss.reshape(())  # adaptive_loss gives (1,)
 
         with optimizer.backward_passes.forward_pass():
-            perturbations = optimizer.perturbations(inner, self)
-            perturbation, errors = perturbations.of_batch(rho=rho), partial(one_message, (Refused,))
-            loss, statistics = sharpness_aware_loss(first, second, perturbation, perturbations.devices, errors)
+            perturbations, errors = optimizer.perturbations(inner, self), partial(one_message, (Refused,))
+            loss, statistics = perturbations.loss(first, second, 0, rho, errors)
         optimizer.backward_passes.follow(loss, named_parameters(inner, self))
         sample_size, logging_output = results[0]
         logging_output.update(log_entries(statistics, optimizer.settings, rho))

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
 from deltasam_plugin.fairseq.backward import BackwardPasses
 from deltasam_plugin.fairseq.base_options import NAME, BaseOptions
 from deltasam_plugin.fairseq.config import DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.errors import Unsupported, one_message
-from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters
+from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters, part_of
 from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
 from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.settings import Settings
@@ -65,6 +66,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     peak_lr: float
     _warned: bool = False
     _announced: bool = False
+    _momentum_checked: bool = False
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -83,6 +85,11 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
+        if self.settings.ascent != "gradient" and not self._momentum_checked:
+            with one_message():
+                states = (self._state_of(holder) for holder in self.parameters.given if holder.grad is not None)
+                check_momentum(states, self.settings.ascent)
+            self._momentum_checked = True
 
     @property
     def updates(self) -> int:
@@ -128,9 +135,28 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 named = chosen_parameters(named, self.settings)
             checks = None if perturbations is None else perturbations.checks
             leaves = [parameter for _, parameter in every]
-            perturbations = Perturbations(named, self.settings, leaves, workers=self.workers, checks=checks)
+            own = weakref.proxy(self)  # no cycle: an optimizer that nobody uses must be gone at once
+            perturbations = Perturbations(
+                named,
+                self.settings,
+                leaves,
+                workers=self.workers,
+                checks=checks,
+                momentum=lambda item: own._momentum(item),
+            )
             self._perturbations[modules] = parameters, perturbations
         return perturbations
+
+    def _momentum(self, item: PerturbedParameter) -> Tensor | None:
+        """The base optimizer's momentum of a parameter; None before its first step."""
+        holder = self.parameters.holder(item)
+        momentum = momentum_of(self._state_of(holder))
+        return None if momentum is None else part_of(item, holder, momentum)
+
+    def _state_of(self, holder: Tensor) -> dict[str, Any]:
+        """The state of what the base optimizer was given. A composite one has several optimizers."""
+        optimizers = getattr(self, "optimizers", {NAME: self}).values()
+        return next((own.optimizer.state[holder] for own in optimizers if holder in own.optimizer.state), {})
 
     @property
     def workers(self) -> Workers:

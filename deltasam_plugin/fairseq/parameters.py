@@ -22,7 +22,7 @@ class TrainedParameters:
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self._given = given
+        self.given = given
         self._copies: dict[tuple[nn.Module, ...], dict[Tensor, Tensor | None]] = {}
         self._lists: dict[tuple[nn.Module, ...], tuple[list[int], list[PerturbedParameter]]] = {}
 
@@ -40,13 +40,34 @@ class TrainedParameters:
         key = [id(p) for p in parameters]
         if modules not in self._lists or self._lists[modules][0] != key:
             if modules not in self._copies:
-                self._copies[modules] = fp32_copies(modules, self._given)
+                self._copies[modules] = fp32_copies(modules, self.given)
             copies = self._copies[modules]
             rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
             unused = {id(p) for module in modules for p in fast_path_copies(module)}
             trained = [p for p in parameters if p in copies and id(p) not in unused]
             self._lists[modules] = key, [PerturbedParameter(p, copies[p], id(p) in rewritten) for p in trained]
         return self._lists[modules][1]
+
+    def holder(self, item: PerturbedParameter) -> Tensor:
+        """What the optimizer was given for a parameter: itself, its fp32 copy, or the flat copy of all."""
+        if item.master is None:
+            return item.parameter
+        return self.given[0] if len(self.given) == 1 else item.master
+
+
+def part_of(item: PerturbedParameter, holder: Tensor, values: Tensor) -> Tensor:
+    """The part of the optimizer's values that belongs to a parameter.
+
+    Args:
+        item: the parameter.
+        holder: what the optimizer was given for it.
+        values: one for each element of `holder`.
+    """
+    if holder.shape == item.parameter.shape:
+        return values
+    assert item.master is not None  # a view of the flat copy
+    start = item.master.storage_offset() - holder.storage_offset()
+    return values.flatten()[start : start + item.parameter.numel()].view(item.parameter.shape)
 
 
 def named_parameters(model: nn.Module, criterion: nn.Module) -> list[tuple[str, nn.Parameter]]:

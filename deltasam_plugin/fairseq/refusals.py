@@ -27,10 +27,17 @@ REFUSED: list[tuple[str, str, str | int, str]] = [
     ("model", "quant_noise_scalar", 0, "every forward pass would count as an update, and probes would change "
      "the scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip
-REFUSED_PER_INSTANCE = {
-    "checkpoint_activations": "it runs layers again in backward, where their output gradients are not recorded",
-    "quant_noise_pq": "the forward pass rewrites the weights",
-}
+REFUSED_WITH = [
+    # δ-SAM's option and its values, the model's option, reason, remedy
+    ("sam_perturbation", ("instance",), "checkpoint_activations",
+     "it runs layers again in backward, where their output gradients are not recorded", "--sam-perturbation batch"),
+    ("sam_perturbation", ("instance",), "quant_noise_pq", "the forward pass rewrites the weights",
+     "--sam-perturbation batch"),
+    ("sam_ascent", ("momentum",), "quant_noise_pq", "the forward pass rewrites the weights, and no pass runs at w",
+     "--sam-ascent gradient"),
+    ("sam_descent", ("weighted", "surrogate_gap"), "checkpoint_activations",
+     "its backward pass cannot give a gradient without adding it up", "--sam-descent perturbed"),
+]  # fmt: skip
 
 
 def refuse_unsupported(root: DictConfig) -> None:
@@ -63,13 +70,13 @@ def refuse_unsupported(root: DictConfig) -> None:
         if refused:
             name = section if name == "_name" else name
             raise ValueError(f"Invalid {name}={found!r} ({_flag(name)}): {reason}")
-    if option(root, "optimizer", "sam_perturbation") == "instance":
-        for name, reason in REFUSED_PER_INSTANCE.items():
-            if found := option(root, "model", name):
-                raise ValueError(
-                    f"Invalid {name}={found!r} ({_flag(name)}) with --sam-perturbation instance: {reason}. "
-                    "Leave it out, or use --sam-perturbation batch."
-                )
+    for own, values, name, reason, remedy in REFUSED_WITH:
+        chosen, found = option(root, "optimizer", own), option(root, "model", name)
+        if chosen in values and found:
+            raise ValueError(
+                f"Invalid {name}={found!r} ({_flag(name)}) with {_flag(own)} {chosen}: {reason}. Leave it out, or use "
+                f"{remedy}."
+            )
 
 
 def option(root: DictConfig, section: str, name: str) -> Any:

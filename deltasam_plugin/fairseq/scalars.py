@@ -26,8 +26,8 @@ SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEAN
 
 # What README and reports say of them.
 MEANINGS = {
-    "loss": "as ever: the loss at w, not at the perturbed point. With `--sam-ascent momentum` the loss at w + ε",
-    "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2",
+    "loss": "as ever: the loss at w, not at the perturbed point. With `--sam-ascent momentum` at the perturbed point",
+    "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2. Not with `momentum`",
     "sam_rho": "the radius, if it varies from update to update",
     "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Not with `uniform`",
     "sam_weight_max": "B · max v: 1 when the weights are uniform. Not with `uniform`",
@@ -43,9 +43,10 @@ MEANINGS = {
 
 def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
-    if settings.perturbation == "instance" and settings.radius > 0:
-        return OF_PROBES
-    return {"ascent_gnorm_std"} | (OF_PROBES if WEIGHTINGS[settings.weighting].measure is None else set())
+    of_probes = set() if settings.weighs and WEIGHTINGS[settings.weighting].measure is not None else OF_PROBES
+    if settings.ascent == "momentum":
+        return of_probes | {"ascent_gnorm_std", "sharpness"}
+    return of_probes | (set() if settings.perturbation == "instance" and settings.radius > 0 else {"ascent_gnorm_std"})
 
 
 def log_entries(statistics: Statistics, settings: Settings, rho: float) -> dict[str, Any]:

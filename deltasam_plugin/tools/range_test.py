@@ -33,6 +33,7 @@ RELATIVE_SHARPNESS = (0.2, 0.5)
 
 # Settings: every update is sharpness-aware, at a radius that nothing changes; or none is after the first.
 ALWAYS: dict[str, Any] = {"interval": 1, "warmup_updates": 0, "rho_schedule": "constant", "loss_budget": None}
+ALWAYS |= {"descent": "perturbed", "descent_weight": None}
 NEVER: dict[str, Any] = {**ALWAYS, "interval": 2**31, "rho": 0.0}
 
 

@@ -25,16 +25,9 @@ from torch import Tensor
 
 from deltasam_plugin.instance.arrival import arriving
 from deltasam_plugin.instance.recording import RecordedCall
-from deltasam_plugin.loss import nodes_of
 
+Operation = tuple[str, ...]  # the name of a node of the graph, and those of the nodes before it
 MOVING = re.compile("Index|Gather|Scatter|MaskedSelect")  # in the name of an operation that moves rows by indices
-
-
-class Operation(NamedTuple):
-    """A node of the graph, by its name and those of the nodes before it."""
-
-    name: str
-    before: tuple[str, ...]
 
 
 class Order(NamedTuple):
@@ -81,9 +74,9 @@ class Familiarity:
         """
         self._look_back()
         batch = losses.numel()
-        operations = [(node, _operation(node)) for node in nodes_of(losses)]
+        operations = _operations(losses)
         orders = _orders(operations, batch)
-        self._present, self._compared = {operation for _, operation in operations} | _counts(calls, batch), False
+        self._present, self._compared = {*(operation for _, operation in operations), *_counts(calls, batch)}, False
         if losses.is_cuda:
             self._orders, orders = orders, list
         found = orders()
@@ -115,13 +108,30 @@ class Familiarity:
             )
 
 
-def _operation(node: Any) -> Operation:
-    return Operation(node.name(), tuple("" if before is None else before.name() for before, _ in node.next_functions))
+def _operations(losses: Tensor) -> list[tuple[Any, Operation]]:
+    """The nodes of the graph, from the losses on. Each is asked for its name once: this runs in every batch."""
+    names: dict[Any, str] = {None: ""}
+    waiting: list[Any] = [losses.grad_fn] if losses.requires_grad else []
+    names.update((node, node.name()) for node in waiting)
+    found = []
+    while waiting:
+        node = waiting.pop()
+        operation = [names[node]]
+        for before, _ in node.next_functions:
+            if before not in names:
+                names[before] = before.name()
+                waiting.append(before)
+            operation.append(names[before])
+        found.append((node, tuple(operation)))
+    return found
 
 
 def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
     """Rows of each sample in calls without a dimension for the samples, unless other calls have a dimension so long."""
-    lengths = {size for call in calls if batch in (lead := call.leading_shape) and len(lead) > 1 for size in lead}
+    lengths: set[int] = set()
+    for lead in {call.leading_shape for call in calls if batch in call.leading_shape}:
+        place = lead.index(batch)
+        lengths.update(lead[:place] + lead[place + 1 :])
     found: set[Hashable] = set()
     for call in calls:
         lead = call.leading_shape
@@ -136,8 +146,9 @@ def _orders(operations: Sequence[tuple[Any, Operation]], batch: int) -> Callable
     uses: list[tuple[Operation, int]] = []
     kept: list[Tensor] = []
     count: Counter[Operation] = Counter()
+    moving = {name for name in {operation[0] for _, operation in operations} if MOVING.search(name)}
     for node, operation in operations:
-        for index, places in _indices(node) if MOVING.search(operation.name) else ():
+        for index, places in _indices(node) if operation[0] in moving else ():
             count[operation] += 1
             uses.append((operation, count[operation]))
             kept += _kept(index, places, batch)

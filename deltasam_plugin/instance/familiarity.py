@@ -6,16 +6,16 @@ in training. Every batch therefore has features, and a batch with a feature that
 
 - the operations of the graph, each with those before it;
 - how many rows a sample has, in a call without a dimension for the samples;
-- whether the indices that move rows about keep the samples in order.
+- whether the indices that move rows about keep the samples in order, and whether pieces are equally long.
 
-No feature needs a backward pass. The last ones are on the device. On a GPU they are known one batch later.
+No feature needs a backward pass. Indices are on the device. What they tell is known one batch later on a GPU.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import product
 from typing import Any, NamedTuple
@@ -79,7 +79,7 @@ class Familiarity:
         self._present, self._compared = {*(operation for _, operation in operations), *_counts(calls, batch)}, False
         if losses.is_cuda:
             self._orders, orders = orders, list
-        found = orders()
+        found = orders() + _pieces(operations)
         strange = not self._present <= self._known or not self._allow(found)
         self._present.update(found)
         return strange
@@ -163,6 +163,19 @@ def _orders(operations: Sequence[tuple[Any, Operation]], batch: int) -> Callable
     return orders
 
 
+def _pieces(operations: Sequence[tuple[Any, Operation]]) -> list[Order]:
+    """Whether an operation cuts rows into pieces that are equally long."""
+    lengths: defaultdict[Operation, set[int]] = defaultdict(set)
+    for node, operation in operations:
+        if operation[0].startswith("SplitWithSizes"):
+            lengths[operation].update(node._saved_split_sizes)
+        elif operation[0].startswith("Slice"):
+            sizes = node._saved_self_sym_sizes
+            size = sizes[_dim(node, len(sizes))]
+            lengths[operation].add(min(node._saved_end, size) - min(node._saved_start, size))
+    return [Order(operation, 0, len(found) == 1, False) for operation, found in lengths.items()]
+
+
 def _indices(node: Any) -> Iterator[tuple[Tensor, int]]:
     """Indices that may move rows of one sample to another's place, and the number of places (0 if it is not known).
 
@@ -175,17 +188,23 @@ def _indices(node: Any) -> Iterator[tuple[Tensor, int]]:
     elif (mask := getattr(node, "_saved_mask", None)) is not None:
         found = [(0, mask)]
     else:
-        index, dim = getattr(node, "_saved_index", None), getattr(node, "_saved_dim", 0)
+        index = getattr(node, "_saved_index", None)
         if not isinstance(index, Tensor):
             return
-        dim = (dim - 2**64 if dim >= 2**63 else dim) % max(1, index.dim())  # a negative number, read without its sign
         rank = index.dim()
+        dim = _dim(node, rank)
         if rank > 1:
             index = index.movedim(dim, 0).flatten(1)[:, :1]
         found = [(dim, index)] if dim < max(1, min(2, rank - 1)) else []
     for dim, index in found:
         if index is not None and index.numel():
             yield index, places[dim] if dim < len(places) else 0
+
+
+def _dim(node: Any, rank: int) -> int:
+    """The dimension along which it works. Negative numbers are read without their sign."""
+    dim = node._saved_dim
+    return (dim - 2**64 if dim >= 2**63 else dim) % max(1, rank)
 
 
 def _kept(index: Tensor, places: int, batch: int) -> list[Tensor]:

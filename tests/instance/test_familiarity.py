@@ -95,6 +95,19 @@ def test_sentences_without_padding_that_come_in_unequal_lengths_late(by: str) ->
     assert run(model, losses, [2, 2, 2], [4, 1, 1]).kind == "exact"
 
 
+def test_rows_taken_one_by_one_that_are_fewer_late() -> None:
+    """Nothing but the number of rows of a sample tells it."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed, ends = tokens[inside(tokens, lengths)], lengths.cumsum(0).tolist()
+        lost = F.cross_entropy(model.out(model.layers(model.words(packed))), packed, reduction="none")
+        counts = zip(ends, lengths.tolist())
+        return torch.stack([sum(lost[i] for i in range(end - count, end)) for end, count in counts])  # type: ignore[misc]
+
+    assert run(model, losses, [4, 4, 4], [4, 1, 1]).kind == "exact"
+
+
 @pytest.mark.parametrize("by", ["mask", "numbers"])
 def test_as_many_labelled_words_that_come_unevenly_late(by: str) -> None:
     model = Tagger()

@@ -35,6 +35,7 @@ class Measure:
             the sizes below which they are rounding, shape (B,) each.
         noise: standard deviation of its rounding error in units of that of the difference between two losses; None if
             these sizes hold in half precision too.
+        signs: whether directions are random signs. Otherwise they are standard normal.
         logits: whether it compares logits.
         least_scale: by dtype, the shortest displacement along which it rises above rounding, as a fraction of the L2
             norm of the parameters. Measured by benchmarks/probe_study.py.
@@ -43,6 +44,7 @@ class Measure:
     sides: tuple[int, ...]
     compare: Callable[[Sequence[Objective], Objective, float], tuple[Tensor, Tensor]]
     noise: float | None = None
+    signs: bool = False
     logits: bool = False
     least_scale: Mapping[torch.dtype, float] = field(default_factory=dict)
 
@@ -194,6 +196,7 @@ MEASURES: dict[str, Measure] = {
         sides=(1,),
         compare=_losses(first_difference),
         noise=1.0,
+        signs=True,
         least_scale={torch.bfloat16: 0.03},
     ),
     "logit_change": Measure(

@@ -1,10 +1,10 @@
 r"""Run forward passes at displaced weights, and measure what changes in every sample.
 
-A direction u of random signs is shared by the batch: all samples are compared along the same direction. It is drawn
-lot by lot, once more for each forward pass, and never kept: a copy of the parameters would cost more. Its length is
-relative to that of the P parameters: with probe scale s, :math:`\sigma = s\,\|w\| / \sqrt{P}` and
-:math:`\|\sigma u\| = s \|w\|` for a model of any size. A fixed σ would not do: 0.01 moves a model of 35
-million parameters by a third of their length.
+A direction u is shared by the batch: all samples are compared along the same direction. It is drawn lot by lot, once
+more for each forward pass, and never kept: a copy of the parameters would cost memory. Its length is relative to that
+of the P parameters: with probe scale s, :math:`\sigma = s\,\|w\| / \sqrt{P}` and
+:math:`\|\sigma u\| \approx s \|w\|` for a model of any size. A fixed σ would not do: 0.01 moves a model of 35 million
+parameters by a third of their length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIGN, ONE = -(2**31), 0x3F800000  # the sign bit of a float32, and the bits of 1
 
 
 def random_signs(seed: int) -> Draw:
-    """A direction u of random signs, +1 or -1, the same whenever it is drawn again.
+    """A direction u of random signs, +1 or -1, the same whenever it is drawn again, in any precision.
 
     Args:
         seed: determines the direction. The global generators are neither read nor advanced.
@@ -39,6 +39,20 @@ def random_signs(seed: int) -> Draw:
         signs = halves.unsqueeze(1) << torch.arange(32, dtype=torch.int32, device=values.device)
         ones = signs.bitwise_and_(SIGN).bitwise_or_(ONE).view(torch.float32)
         return ones.view(-1)[: values.numel()].to(values.dtype)
+
+    return _drawing(seed, draw)
+
+
+def standard_normal(seed: int) -> Draw:
+    """A direction u of standard normal numbers, the same whenever it is drawn again, in any precision.
+
+    Args:
+        seed: as for :func:`random_signs`.
+    """
+
+    def draw(values: Tensor, generator: torch.Generator) -> Tensor:
+        numbers = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+        return numbers.normal_(generator=generator).to(values.dtype)
 
     return _drawing(seed, draw)
 
@@ -114,10 +128,11 @@ def probe(
         values = [value for value, is_reached in zip(every, reached, strict=True) if is_reached]
         norm = global_norm(values)
         sigma = scale * norm / math.sqrt(max(count, 1))
+        direction = random_signs if measure.signs else standard_normal
         for number in range(probes):
             displaced = []
             for side in measure.sides:
-                displace(parameters, originals, Drawn(reached, random_signs(seed + number)), side * sigma)
+                displace(parameters, originals, Drawn(reached, direction(seed + number)), side * sigma)
                 displaced.append(forward())
             found, floor = measure.compare(displaced, center, rounding.eps)
             measured.append(torch.where(center.losses.isfinite(), found, torch.nan))

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.measures import DEVIATIONS, MEASURES
-from deltasam_plugin.batch.probing import dither, probe, random_signs
+from deltasam_plugin.batch.probing import dither, probe, random_signs, standard_normal
 from deltasam_plugin.batch.weighting import WEIGHTINGS, sample_weights
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import Rounding
@@ -85,7 +85,7 @@ def test_probes_are_exact_for_quadratics_at_any_scale(quadratic, probes, scale, 
     home = torch.cat([p.parameter.detach() for p in parameters])
     sigma = scale * home.norm() / math.sqrt(home.numel())
     for number in range(probes):
-        u = torch.cat(direction_of(parameters, seed + number))
+        u = torch.cat(direction_of(parameters, seed + number, SECOND))
         curvature = torch.einsum("p,bpq,q->b", u, hessians, u)
         slack = 1e4 * rounding[number] + 1e-12 * sigma**2 * hessians.abs().sum() * u.square().sum()
         assert ((differences[number] - sigma**2 * curvature).abs() <= slack).all()
@@ -114,7 +114,7 @@ def test_first_differences_of_affine_losses_are_products_of_slope_and_displaceme
     parameters = [PerturbedParameter(parameter)]
     differences, rounding = probed(lambda: slopes @ parameter + 7, parameters, probes, scale, seed, FIRST)
     for number in range(probes):
-        z = direction_of(parameters, seed + number)[0]
+        z = direction_of(parameters, seed + number, FIRST)[0]
         expected = scale * parameter.detach().norm() / math.sqrt(3) * (slopes @ z)
         assert ((differences[number] - expected).abs() <= 1e4 * rounding[number] + 1e-12 * scale).all()
 
@@ -122,11 +122,12 @@ def test_first_differences_of_affine_losses_are_products_of_slope_and_displaceme
 # --- the direction
 
 
+@pytest.mark.parametrize("measure", [SECOND, FIRST], ids=["second", "first"])
 @given(SEEDS)
-def test_the_seed_determines_the_direction(seed):
+def test_the_seed_determines_the_direction(measure, seed):
     parameters = [PerturbedParameter(torch.zeros(30, 20)), PerturbedParameter(torch.zeros(40))]
     first, again, other = (
-        torch.cat([u.flatten() for u in direction_of(parameters, s)]) for s in (seed, seed, seed + 1)
+        torch.cat([u.flatten() for u in direction_of(parameters, s, measure)]) for s in (seed, seed, seed + 1)
     )
     assert torch.equal(first, again)
     assert abs((first * other).mean()) < 0.25
@@ -142,8 +143,17 @@ def test_the_direction_is_of_signs_that_have_nothing_in_common(seed, dtype):
         assert abs((signs[lag:] * signs[:-lag]).mean()) < 0.03
 
 
-def test_lots_have_signs_of_their_own_and_the_same_in_any_precision():
-    single, double = random_signs(3), random_signs(3)
+@given(SEEDS)
+def test_the_direction_is_standard_normal(seed):
+    numbers = standard_normal(seed)(torch.zeros(2**15))
+    assert abs(numbers.mean()) < 0.03
+    assert numbers.square().mean().item() == pytest.approx(1, rel=0.05)
+    assert numbers.pow(4).mean().item() == pytest.approx(3, rel=0.15)
+
+
+@pytest.mark.parametrize("draw", [random_signs, standard_normal])
+def test_every_lot_has_a_direction_of_its_own_and_the_same_in_any_precision(draw):
+    single, double = draw(3), draw(3)
     first, second = (single(torch.zeros(1000)) for _ in range(2))
     assert not torch.equal(first, second)
     for lot in (first, second):
@@ -168,14 +178,14 @@ def test_a_probe_moves_the_weights_by_its_scale_times_their_length_whatever_the_
     for count in (1000, 100_000):
         weight = torch.nn.Parameter(unit * torch.randn(count, generator=generator, dtype=torch.double))
         for move in displacements([PerturbedParameter(weight)], 1, scale, 5):
-            assert (move.norm() / weight.norm()).item() == pytest.approx(scale, rel=1e-6)
+            assert (move.norm() / weight.norm()).item() == pytest.approx(scale, rel=0.1)
 
 
 def test_half_precision_weights_are_probed_through_their_masters():
     master = torch.linspace(0.0251, 0.0299, 10001)  # a step of 6e-6 each, fp16 spacing 1.5e-5
     weight = torch.nn.Parameter(master.half())
     before = weight.detach().clone()
-    direction = direction_of([PerturbedParameter(weight, master)], 3)[0]
+    direction = direction_of([PerturbedParameter(weight, master)], 3, SECOND)[0]
     sigma = 2e-4 * master.norm().item() / math.sqrt(10001)
     plus, minus = displacements([PerturbedParameter(weight, master)], 1, 2e-4, 3)
     for move, sign in ((plus, 1), (minus, -1)):
@@ -194,7 +204,7 @@ def test_in_half_precision_a_probe_is_at_least_as_long_as_the_measure_needs(meas
                 [PerturbedParameter(torch.nn.Parameter(home.clone()))], 1, scale, 3, blind, Rounding(dtype)
             )[0]
             expected = max(scale, measure.least_scale.get(dtype, 0))
-            assert (move.norm() / home.norm()).item() == pytest.approx(expected, rel=1e-6)
+            assert (move.norm() / home.norm()).item() == pytest.approx(expected, rel=0.03)
 
 
 # --- rounding that is measured
@@ -221,11 +231,12 @@ def test_where_numbers_are_coarse_one_more_pass_measures_what_rounding_does(meas
     assert (measured.abs() < floor).double().mean() > 0.9
 
 
-def test_the_dither_does_not_depend_on_the_direction():
+@pytest.mark.parametrize("draw", [random_signs, standard_normal])
+def test_the_dither_does_not_depend_on_the_direction(draw):
     parameter = torch.ones(10_000, dtype=torch.double)
-    signs, steps = random_signs(7)(parameter), dither(7, 0.5)(parameter)
+    direction, steps = draw(7)(parameter), dither(7, 0.5)(parameter)
     assert (steps.abs() <= 0.25).all()
-    assert abs(torch.corrcoef(torch.stack([signs, steps]))[0, 1]) < 0.03
+    assert abs(torch.corrcoef(torch.stack([direction, steps]))[0, 1]) < 0.03
 
 
 # --- nothing is left behind

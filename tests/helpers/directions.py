@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace
-from deltasam_plugin.batch.probing import random_signs
+from deltasam_plugin.batch.measures import Measure
+from deltasam_plugin.batch.probing import random_signs, standard_normal
 
 
-def direction_of(parameters: Sequence[PerturbedParameter], seed: int) -> list[Tensor]:
-    """Where a probe of this seed moves the parameters: one tensor of signs for each."""
+def direction_of(parameters: Sequence[PerturbedParameter], seed: int, measure: Measure) -> list[Tensor]:
+    """Where a probe of this seed moves the parameters: one tensor for each."""
     found = [torch.zeros_like(p.value) for p in parameters]
     origin = [torch.zeros_like(p.value) for p in parameters]
-    moves = Drawn([True] * len(parameters), random_signs(seed))
+    draw = random_signs(seed) if measure.signs else standard_normal(seed)
+    moves = Drawn([True] * len(parameters), draw)
     displace([*map(PerturbedParameter, found)], origin, moves, torch.ones(()))
     return found

@@ -31,7 +31,8 @@ MEANINGS = {
     "sam_rho": "the radius, if it varies from update to update",
     "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Not with `uniform`",
     "sam_weight_max": "B · max v: 1 when the weights are uniform. Not with `uniform`",
-    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. ρ Σ‖gᵢ‖ is the sharpness to first order",
+    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. ρ Σ‖gᵢ‖ is the sharpness to first order. "
+    "With `noise` and `momentum` the norm of that",
     "sam_ascent_gnorm_std": "standard deviation of the ‖gᵢ‖. In instance mode only",
     "sam_eps_norm": "how far the parameters really moved. It is ρ in single precision. In half precision rounding "
     "changes it",

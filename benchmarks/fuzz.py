@@ -26,7 +26,7 @@ def count(seeds: range) -> None:
         steps.update(verdict.kind for verdict in verdicts)
         if verdicts[-1].kind in ("refused", "crashed"):
             reasons[verdicts[-1].kind, verdicts[-1].reason] += 1
-        elif not verdicts[-1].allowed:
+        if not verdicts[-1].allowed:
             print(f"{verdicts[-1].kind}, seed {seed}, step {len(verdicts) - 1}: {verdicts[-1].detail}", flush=True)
     print(f"\n{len(seeds)} models, seeds {seeds.start} to {seeds.stop - 1}")
     for kind in ("exact", "warned", "refused", "silent", "crashed"):

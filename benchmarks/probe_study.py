@@ -37,9 +37,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's checkpoints)
-from deltasam_plugin.batch.displacement import PerturbedParameter, displace, global_norm, restored
+from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, global_norm, restored
 from deltasam_plugin.batch.measures import rounding_floor
-from deltasam_plugin.batch.probing import draw_direction, probe
+from deltasam_plugin.batch.probing import probe, standard_normal
 from deltasam_plugin.batch.weighting import WEIGHTINGS, effective_sample_size, root_mean_square, sample_weights
 from deltasam_plugin.fairseq.base_options import NAME
 from deltasam_plugin.fairseq.criterion import OPTIONS
@@ -116,13 +116,13 @@ def main() -> None:
 
     @torch.no_grad()
     def differences(network: torch.nn.Module, scale: float, seed: int) -> tuple[Tensor, Tensor]:
-        direction = draw_direction(parameters[single], seed)
+        moves = [True] * len(parameters[network])
         sigma = scale * norm / math.sqrt(count)
         center = losses_of(network)
         with restored(parameters[network]) as originals:
-            displace(parameters[network], originals, direction, sigma)
+            displace(parameters[network], originals, Drawn(moves, standard_normal(seed)), sigma)
             plus = losses_of(network)
-            displace(parameters[network], originals, direction, -sigma)
+            displace(parameters[network], originals, Drawn(moves, standard_normal(seed)), -sigma)
             minus = losses_of(network)
         return plus + minus - 2 * center, rounding_floor([plus, minus], center, eps)
 

@@ -48,6 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, command = parser().parse_args(arguments[:end]), arguments[end + 1 :]
     with console(PROGRAM), trainer_of(command) as (trainer, updates), metrics.aggregate(new_root=True):
         optimizer = active_optimizer()
+        if optimizer.settings.ascent == "momentum":
+            raise BadInput(
+                "With --sam-ascent momentum no pass runs at w, and there is no rise to measure. Leave it out."
+            )
         optimizer.change(**NEVER)
         with one_line_for("fairseq-train fails on this command"):
             for samples in tqdm(islice(updates, given.updates), "updates", given.updates, leave=False, file=sys.stderr):

@@ -51,7 +51,7 @@ class Logits(NamedTuple):
 
 
 class Objective(NamedTuple):
-    r"""Result of one forward pass: :math:`L = \sum_i \ell_i + s`.
+    r"""Result of one forward pass: :math:`L = c\,(\sum_i \ell_i + s)`.
 
     Attributes:
         loss: L, scalar.
@@ -60,6 +60,7 @@ class Objective(NamedTuple):
         rows: if layers see a selection of all positions (masked tokens): the sample of each selected row, integer (N,),
             one tensor for each selection.
         logits: of the predictions, if a weighting needs them; else None.
+        factor: c; 1/B if the loss is the mean of the losses.
     """
 
     loss: Tensor
@@ -67,6 +68,7 @@ class Objective(NamedTuple):
     shared: Tensor | None = None
     rows: Sequence[Tensor] = ()
     logits: Logits | None = None
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class Statistics:
             getattr(self, name).copy_(value.detach())
 
 
-Ascend = Callable[[Tensor, Statistics], AbstractContextManager[Tensor]]
+Backward = Callable[[Tensor], None]
+Ascend = Callable[[Tensor, Statistics], AbstractContextManager[Backward]]
 
 
 class Perturbation(Protocol):
@@ -118,9 +121,15 @@ class Perturbation(Protocol):
         Returns:
             L(w), detached, and ``ascend(scale, statistics)``: a context, entered once, for the second pass. ``scale``
             is the factor on the loss in backward: a loss scale, or zero for a dummy batch. ``statistics`` are filled,
-            except for the sharpness. The context yields the scale of the second pass. It is infinite if the ascent
-            overflowed in fp16: dynamic loss scaling then skips the update, as after any overflow.
+            except for the sharpness. The context yields the backward pass from the loss of the second pass. Its scale
+            is infinite if the ascent overflowed in fp16: dynamic loss scaling then skips the update, as after any
+            overflow.
         """
+
+
+def plain_backward(scale: Tensor, loss: Tensor) -> None:
+    """Accumulate the gradient of the loss times the scale in ``.grad``."""
+    loss.backward(scale.to(loss.dtype))
 
 
 class _SharpnessAware(torch.autograd.Function):
@@ -174,13 +183,13 @@ def sharpness_aware_loss(
         with (
             guard(),
             closing_contexts(),
-            ascend(grad_output, statistics) as scale,
+            ascend(grad_output, statistics) as second_backward,
             torch.enable_grad(),
             conditions.replayed(),
         ):
             loss = variables.run(second)
             with called_in.replayed():
-                loss.backward(scale.to(loss.dtype))
+                second_backward(loss)
         statistics.fill(sharpness=at_least_float32(loss) - at_least_float32(value))
 
     anchor = torch.zeros((), device=value.device, requires_grad=True)
@@ -189,28 +198,29 @@ def sharpness_aware_loss(
 
 def displaced_loss(
     forward: Callable[[], Tensor],
-    displaced: Callable[[], AbstractContextManager[None]],
+    displaced_forward: Callable[[], AbstractContextManager[None]],
+    displaced_backward: Callable[[], AbstractContextManager[None]],
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
     """The loss at displaced parameters, with its gradient there, of one forward pass.
 
-    Between the forward and the backward pass the parameters are where they were. The graph reads them, so the backward
-    pass runs at the displaced ones again.
+    Between the forward and the backward pass the parameters are where they were.
 
     Args:
         forward: forward pass; returns the loss, scalar.
-        displaced: makes a context in which the parameters are displaced, each time by the same.
+        displaced_forward: makes the context in which it runs.
+        displaced_backward: makes that of the backward pass, which reads parameters again: at the same values.
         guard: as for :func:`sharpness_aware_loss`.
 
     Returns:
         The loss, to be used as any loss, once.
     """
-    with guard(), closing_contexts(), displaced():
+    with guard(), closing_contexts(), displaced_forward():
         loss = forward()
 
     def backward(grad_output: Tensor) -> None:
-        with guard(), closing_contexts(), displaced():
-            loss.backward(grad_output.to(loss.dtype))
+        with guard(), closing_contexts(), displaced_backward():
+            plain_backward(grad_output, loss)
 
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
     return _SharpnessAware.apply(anchor, loss.detach(), backward)

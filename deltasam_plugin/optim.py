@@ -48,8 +48,11 @@ class DeltaSAM(Optimizer):
         loss_budget: by how much the loss of a sample may rise, in nats; shortens the radius.
         group: in instance mode, so many samples in a row of the batch share a perturbation.
         adaptive: filters, such as the rows of a matrix, are perturbed in proportion to their norms (ASAM).
-        ascent: along the ``gradient``; or against the base optimizer's ``momentum`` (Momentum-SAM), with no first pass.
-            What :meth:`step` returns is then the loss at the perturbed parameters.
+        ascent: along the ``gradient``; along its ``noise``, the part orthogonal to the base optimizer's momentum; or
+            against the ``momentum``, with no pass of its own. The loss is then the one at the perturbed parameters.
+        descent: along the ``perturbed`` gradient; ``weighted`` with the one at w (WSAM); or without what widens the
+            ``surrogate_gap`` (GSAM).
+        descent_weight: of the latter two, by default 9 and 0.4.
         interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
         warmup_updates: the radius grows linearly over so many steps.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up.
@@ -80,6 +83,8 @@ class DeltaSAM(Optimizer):
         group: int = Settings.group,
         adaptive: bool = Settings.adaptive,
         ascent: str = Settings.ascent,
+        descent: str = Settings.descent,
+        descent_weight: float | None = None,
         interval: int = Settings.interval,
         warmup_updates: int = Settings.warmup_updates,
         rho_schedule: str = Settings.rho_schedule,
@@ -97,6 +102,8 @@ class DeltaSAM(Optimizer):
             group=group,
             adaptive=adaptive,
             ascent=ascent,
+            descent=descent,
+            descent_weight=descent_weight,
             interval=interval,
             warmup_updates=warmup_updates,
             rho_schedule=rho_schedule,
@@ -206,8 +213,9 @@ class DeltaSAM(Optimizer):
             with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
                 loss.backward()
         self.base_optimizer.step()
-        if self.settings.ascent == "momentum":
-            check_momentum(self.state.values(), type(self.base_optimizer).__name__)
+        if step == 0 and self.settings.ascent != "gradient":
+            stepped = (p for each in self.param_groups for p in each["params"] if p.grad is not None)
+            check_momentum((self.state.get(p, {}) for p in stepped), self.settings.ascent)
         group[STEP] = step + 1
         return loss.detach()
 
@@ -234,13 +242,13 @@ class DeltaSAM(Optimizer):
             raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
             named = {name: PerturbedParameter(parameter) for name, parameter in self._names().items()}
-            chosen = chosen_parameters(named, self.settings)
+            chosen, base = chosen_parameters(named, self.settings), self.base_optimizer
             self._perturbations = Perturbations(
                 chosen,
                 self.settings,
                 held=trained,
                 checks=self._checks,
-                momentum=lambda item: momentum_of(self.state.get(item.parameter, {})),
+                momentum=lambda item: momentum_of(base.state.get(item.parameter, {})),
             )
         return self._perturbations
 
@@ -272,8 +280,9 @@ def objective_of(returned: Any) -> Objective:
             f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
             "loss function with reduction='none'."
         )
+    factor = 1 / max(losses.numel(), 1)
     if logits is None:
-        return Objective(losses.mean(), losses)
+        return Objective(losses.mean(), losses, factor=factor)
     if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.size(0) != losses.numel():
         found = tuple(logits.shape) if isinstance(logits, Tensor) else repr(logits)
         raise ValueError(
@@ -285,4 +294,4 @@ def objective_of(returned: Any) -> Objective:
             f"Invalid counted: the closure returned {tuple(counted.shape)} of {counted.dtype} beside logits "
             f"{tuple(logits.shape)}. Must be boolean {tuple(logits.shape[:-1])}, e.g. target != padding."
         )
-    return Objective(losses.mean(), losses, logits=Logits.by_sample(logits.detach(), counted))
+    return Objective(losses.mean(), losses, logits=Logits.by_sample(logits.detach(), counted), factor=factor)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.momentum import displaced_by_momentum
+from deltasam_plugin.batch.momentum import MomentumDisplacement, MomentumOf
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
@@ -53,7 +53,7 @@ class Perturbations:
         leaves, held: see :class:`~deltasam_plugin.batch.perturbation.BatchPerturbation`.
         workers: those that share one perturbation; by default this one alone.
         checks: those of the run, if it goes on with other parameters; by default a run begins.
-        momentum: the base optimizer's momentum of a parameter, or None.
+        momentum: the base optimizer's momentum of a parameter; None where there is none yet.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Perturbations:
         held: Sequence[Tensor] = (),
         workers: Workers = NO_SYNC,
         checks: Checks | None = None,
-        momentum: Callable[[PerturbedParameter], Tensor | None] = lambda parameter: None,
+        momentum: MomentumOf = lambda parameter: None,
     ) -> None:
         self._settings = settings
         self._momentum = momentum
@@ -113,7 +113,15 @@ class Perturbations:
         if self._engine is not None:
             return InstancePerturbation(self._engine, self.checks, rho)
         return BatchPerturbation(
-            self._parameters, self._leaves, self._settings, step, self._workers, self.checks, self._held, rho
+            self._parameters,
+            self._leaves,
+            self._settings,
+            step,
+            self._workers,
+            self.checks,
+            self._held,
+            rho,
+            self._momentum,
         )
 
     def loss(
@@ -127,18 +135,15 @@ class Perturbations:
         """The loss of one (micro-)batch, and its statistics.
 
         Args:
-            first, second, guard: see :func:`~deltasam_plugin.loss.sharpness_aware_loss`. Along the momentum there is
+            first, second, guard: see :func:`~deltasam_plugin.loss.sharpness_aware_loss`. Against the momentum there is
                 only the second pass, and the loss is that at the displaced parameters.
             step, rho: as for :meth:`of_batch`.
         """
-        if self._settings.ascent == "gradient":
+        if self._settings.ascent != "momentum":
             return sharpness_aware_loss(first, second, self.of_batch(step, rho), self.devices, guard)
-        return self._loss_along_momentum(second, rho, guard)
-
-    def _loss_along_momentum(
-        self, forward: Callable[[], Tensor], rho: float, guard: Callable[[], AbstractContextManager[None]]
-    ) -> tuple[Tensor, Statistics]:
-        statistics = Statistics.zeros(next(iter(self.devices)))
+        statistics = Statistics.zeros(self._parameters[0].parameter.device)
         momenta = [self._momentum(parameter) for parameter in self._parameters]
-        displaced = partial(displaced_by_momentum, self._parameters, momenta, rho, self._settings.adaptive, statistics)
-        return displaced_loss(forward, displaced, guard), statistics
+        displacement = MomentumDisplacement(self._parameters, momenta, rho, self._settings.adaptive)
+        return displaced_loss(
+            second, partial(displacement.forward, statistics), displacement.backward, guard
+        ), statistics

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from deltasam_plugin.batch.measures import Measure
+from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 
 PERTURBATIONS = ("batch", "instance")
-ASCENTS = ("gradient", "momentum")
+ASCENTS = ("gradient", "noise", "momentum")
 SCHEDULES = ("constant", "lr")
 # Samples of a batch cancel out in its gradient, and in instance mode they do not: the loss rises more at one radius.
 DEFAULT_RHO = {"batch": 0.05, "instance": 0.01}
@@ -40,8 +42,13 @@ class Settings:
             loss (m-sharpness). With M = B it is SAM.
         adaptive: filters are perturbed in proportion to their size, and the radius is measured in that proportion. See
             :func:`~deltasam_plugin.adaptive.filter_scale`.
-        ascent: ``gradient``: along that of the samples. ``momentum``: against that of the base optimizer. This needs no
-            first pass, and uses no weighting, probes and sync. See :mod:`deltasam_plugin.batch.momentum`.
+        ascent: along the ``gradient``; along its ``noise``, the part orthogonal to the base optimizer's momentum; or
+            against the ``momentum`` itself, which needs no pass of its own and uses neither weighting nor probes and
+            sync. See :mod:`deltasam_plugin.batch.momentum`.
+        descent: what the base optimizer gets: the ``perturbed`` gradient; its mean with the gradient at w,
+            ``weighted``; or without what widens the ``surrogate_gap``. The latter two need the gradient at w, and with
+            it uniform weights. See :mod:`deltasam_plugin.batch.descent`.
+        descent_weight: >= 0, for the latter two; by default 9 and 0.4.
         interval: N >= 1. Every N-th update is sharpness-aware; those between are the base optimizer's own.
         warmup_updates: N >= 0. The radius grows linearly over the first N updates.
         rho_schedule: ``constant``; or ``lr``, proportional to the learning rate after the warm-up.
@@ -63,27 +70,38 @@ class Settings:
     group: int = 1
     adaptive: bool = False
     ascent: str = "gradient"
+    descent: str = "perturbed"
+    descent_weight: float | None = None
     interval: int = 1
     warmup_updates: int = 0
     rho_schedule: str = "constant"
 
     def __post_init__(self) -> None:
-        if self.perturbation not in PERTURBATIONS:
-            raise ValueError(
-                f"Unknown perturbation={self.perturbation!r} (--sam-perturbation). "
-                f"Choose one of: {', '.join(PERTURBATIONS)}."
-            )
-        if self.rho is None:  # equal settings are equal, whether given or not
+        self._check_names()
+        # Equal settings are equal, whether given or not.
+        if self.rho is None:
             object.__setattr__(self, "rho", self.radius)
-        if not (_finite(self.rho) and self.radius >= 0):
-            raise ValueError(
-                f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; "
-                f"{DEFAULT_RHO[self.perturbation]} is the usual start."
-            )
+        if self.descent_weight is None:
+            object.__setattr__(self, "descent_weight", DESCENTS[self.descent].weight)
+        self._check_values()
+        self._check_combinations()
+
+    def _check_names(self) -> None:
+        choices = {"perturbation": PERTURBATIONS, "ascent": ASCENTS, "descent": DESCENTS, "rho_schedule": SCHEDULES}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"Unknown {name}={value!r} ({_flag(name)}). Choose one of: {', '.join(allowed)}.")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(
                 f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}; "
                 "or register one of your own, with @deltasam_plugin.weighting."
+            )
+
+    def _check_values(self) -> None:
+        if not (_finite(self.rho) and self.radius >= 0):
+            raise ValueError(
+                f"Invalid rho={self.rho!r} (--sam-rho). Must be a finite number >= 0; "
+                f"{DEFAULT_RHO[self.perturbation]} is the usual start."
             )
         if not _integer(self.probes, 1):
             raise ValueError(
@@ -95,36 +113,9 @@ class Settings:
                 f"Invalid probe_scale={self.probe_scale!r} (--sam-probe-scale). Must be a fraction of the norm of the "
                 "weights, between 0 and 1 exclusive; 0.01 is the default."
             )
-        for name, flag, least in (
-            ("group", "group", 1),
-            ("interval", "interval", 1),
-            ("warmup_updates", "warmup-updates", 0),
-        ):
-            value = getattr(self, name)
-            if not _integer(value, least):
-                raise ValueError(f"Invalid {name}={value!r} (--sam-{flag}). Must be an integer >= {least}.")
-        if self.group > 1 and self.perturbation == "batch":
-            raise ValueError(
-                f"Invalid group={self.group} (--sam-group) with perturbation='batch': there all samples share one. Use "
-                "--sam-perturbation instance, or leave it out."
-            )
-        if self.ascent not in ASCENTS:
-            raise ValueError(f"Unknown ascent={self.ascent!r} (--sam-ascent). Choose one of: {', '.join(ASCENTS)}.")
-        if self.ascent == "momentum" and self.perturbation == "instance":
-            raise ValueError(
-                "Invalid ascent='momentum' (--sam-ascent) with perturbation='instance': the momentum is that of no "
-                "sample. Use --sam-perturbation batch."
-            )
-        if self.ascent == "momentum" and self.loss_budget is not None:
-            raise ValueError(
-                f"Invalid loss_budget={self.loss_budget!r} (--sam-loss-budget) with ascent='momentum': by how much a "
-                "momentum raises the loss is not known. Leave one of them out."
-            )
-        if self.rho_schedule not in SCHEDULES:
-            raise ValueError(
-                f"Unknown rho_schedule={self.rho_schedule!r} (--sam-rho-schedule). "
-                f"Choose one of: {', '.join(SCHEDULES)}."
-            )
+        for name, least in {"group": 1, "interval": 1, "warmup_updates": 0}.items():
+            if not _integer(value := getattr(self, name), least):
+                raise ValueError(f"Invalid {name}={value!r} ({_flag(name)}). Must be an integer >= {least}.")
         if self.parameters is not None:
             try:
                 re.compile(self.parameters)
@@ -138,6 +129,20 @@ class Settings:
                 f"Invalid loss_budget={self.loss_budget!r} (--sam-loss-budget). Must be a finite number > 0, in nats a "
                 "sample; leave it out for none."
             )
+        if self.descent_weight is not None and not (_finite(self.descent_weight) and self.descent_weight >= 0):
+            raise ValueError(
+                f"Invalid descent_weight={self.descent_weight!r} (--sam-descent-weight). Must be a finite number >= 0; "
+                "leave it out for the default."
+            )
+
+    def _check_combinations(self) -> None:
+        for clash in CLASHES:
+            if clash.found(self):
+                values = [f"{name}={getattr(self, name)!r}" for name in (clash.name, clash.other)]
+                raise ValueError(
+                    f"Invalid {values[0]} ({_flag(clash.name)}) with {values[1]}: {clash.reason} {clash.remedy}, "
+                    "or leave it out."
+                )
 
     @property
     def radius(self) -> float:
@@ -154,15 +159,88 @@ class Settings:
         return self.parameters is None or re.search(self.parameters, name) is not None
 
     @property
-    def measure(self) -> Measure | None:
-        """What probes measure, None if there are none. At a radius of zero instance mode probes as batch mode does."""
-        weighted = self.ascent == "gradient" and (self.perturbation == "batch" or self.radius == 0)
-        return WEIGHTINGS[self.weighting].measure if weighted else None
+    def weighs(self) -> bool:
+        """Whether samples are weighted. At a radius of zero instance mode works as batch mode does."""
+        return self.ascent != "momentum" and (self.perturbation == "batch" or self.radius == 0)
 
     @property
     def compares_logits(self) -> bool:
         """Whether the forward pass must give logits."""
-        return self.measure is not None and self.measure.logits
+        return self.weighs and WEIGHTINGS[self.weighting].by_logits
+
+
+class Clash(NamedTuple):
+    """Two settings that mean nothing together, or would cost a pass of their own.
+
+    Attributes:
+        name: of the setting that is refused.
+        other: the one that it does not go with.
+        found: whether they meet.
+        reason, remedy: for the message.
+    """
+
+    name: str
+    other: str
+    found: Callable[[Settings], bool]
+    reason: str
+    remedy: str
+
+
+CLASHES = (
+    Clash(
+        "group",
+        "perturbation",
+        lambda given: given.group > 1 and given.perturbation == "batch",
+        "there all samples share one.",
+        "Use --sam-perturbation instance",
+    ),
+    Clash(
+        "ascent",
+        "perturbation",
+        lambda given: given.ascent != "gradient" and given.perturbation == "instance",
+        "a momentum belongs to no sample.",
+        "Use --sam-perturbation batch",
+    ),
+    Clash(
+        "descent",
+        "perturbation",
+        lambda given: given.descent != "perturbed" and given.perturbation == "instance",
+        "its first pass gives no gradient of the parameters.",
+        "Use --sam-perturbation batch",
+    ),
+    Clash(
+        "loss_budget",
+        "ascent",
+        lambda given: given.loss_budget is not None and given.ascent == "momentum",
+        "without a gradient at w nothing tells how far the loss rises.",
+        "Use --sam-ascent gradient",
+    ),
+    Clash(
+        "descent",
+        "ascent",
+        lambda given: given.descent != "perturbed" and given.ascent == "momentum",
+        "no pass gives the gradient at w.",
+        "Use --sam-ascent gradient",
+    ),
+    Clash(
+        "descent",
+        "weighting",
+        lambda given: given.descent != "perturbed" and given.weighting != "uniform",
+        "the gradient at w is then a reweighted one.",
+        "Use --sam-weighting uniform",
+    ),
+    Clash(
+        "descent_weight",
+        "descent",
+        lambda given: given.descent_weight is not None and given.descent == "perturbed",
+        "it has no weight.",
+        "Use --sam-descent weighted or surrogate_gap",
+    ),
+)
+
+
+def _flag(name: str) -> str:
+    return "--sam-" + name.replace("_", "-")
 
 
 def _integer(value: object, least: int) -> bool:

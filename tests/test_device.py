@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 
 from benchmarks.launches import METHODS, in_python, tasks
 from deltasam_plugin import DeltaSAM
+from deltasam_plugin.batch import displacement
+from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
 from deltasam_plugin.perturbations import Perturbations
 from deltasam_plugin.replay import RandomState
 from tests.helpers import corpora
@@ -73,12 +76,23 @@ def weights(steps: Iterator[Any]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 def test_same_weights_as_on_the_cpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RandomState, "seed", lambda self: 1234)  # of the probes: it depends on the device's generator
+    monkeypatch.setattr(displacement, "_unscaled_norm", lambda value: torch.tensor(math.nan))  # only a CPU takes it
     on_cpu = weights(updates(mode))
     rehearsal = Rehearsal()
     with rehearsal.active():
         on_device = weights(updates(mode, rehearsal))
     assert rehearsal.launches.total() > 0
     assert all(torch.equal(one, other) for one, other in zip(on_cpu, on_device, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_a_zero_or_non_finite_gradient_moves_nothing(value: float) -> None:
+    with Rehearsal().active():
+        weight = moved(torch.tensor([-0.0, 1.0, 3.0]))
+        with ascended([PerturbedParameter(weight)], [moved(torch.tensor([0.0, value, 0.0]))], 0.05) as ascent:
+            there, skipped = plain(weight).clone(), plain(ascent.skipped).item()
+    assert skipped == 1
+    assert torch.equal(there.view(torch.int32), torch.tensor([-0.0, 1.0, 3.0]).view(torch.int32))
 
 
 LAUNCHES = {"uniform": 2.6, "curvature": 3.7, "instance": 3.7}  # of the base optimizer's; see benchmarks/launches.py

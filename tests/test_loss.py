@@ -21,9 +21,10 @@ from deltasam_plugin import Logits, Settings
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
 from deltasam_plugin.batch.measures import ROUNDING_FACTOR
 from deltasam_plugin.batch.perturbation import BatchPerturbation
-from deltasam_plugin.batch.probing import draw_direction
+from deltasam_plugin.batch.weighting import WEIGHTINGS as REGISTRY
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.replay import Conditions, RandomState
+from tests.helpers.directions import direction_of
 
 UNIFORM = Settings(weighting="uniform")
 WEIGHTINGS = {
@@ -193,8 +194,8 @@ def reference(parameters, x, y, strength, settings, seed):
         sigma = settings.probe_scale * math.sqrt(sum(value.square().sum().item() for value in parameters) / count)
         squares, floor = [0.0 for _ in samples], 0.0
         for probe in range(settings.probes):
-            signs = settings.weighting in ("gradient_norm", "normalized")
-            u = draw_direction([PerturbedParameter(value) for value in parameters], seed + probe, signs)
+            measure = REGISTRY[settings.weighting].measure
+            u = direction_of([PerturbedParameter(value) for value in parameters], seed + probe, measure)
             there, back = ([w + side * sigma * d for w, d in zip(parameters, u)] for side in (1, -1))
             for i in samples:
                 plus, minus, center = (value_of(i, at).item() for at in (there, back, parameters))

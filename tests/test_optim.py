@@ -88,7 +88,7 @@ def sam_step(rho):
         gradients = torch.autograd.grad(loss.sum(), params)
         norm = global_norm(gradients)  # torch's own rounds differently
         for p, g in zip(params, gradients):
-            p.data.add_(g / norm * rho)
+            p.data.add_(g * (torch.full_like(norm, rho) / norm))
         torch.set_rng_state(state)
         base.zero_grad()
         closure().mean().backward()

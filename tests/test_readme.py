@@ -7,7 +7,6 @@ import re
 import shlex
 import subprocess
 import sys
-from argparse import ArgumentParser
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,18 +16,18 @@ import setuptools
 import torch
 from fairseq import options
 from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
-from fairseq.dataclass.utils import gen_parser_from_dataclass
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from deltasam_plugin import find_rho, report, sharpness
+from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.measures import MEASURES
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.criterions.registry import LOGITS, PER_SAMPLE_LOSSES
 from deltasam_plugin.fairseq.scalars import MEANINGS
 from deltasam_plugin.loss import Statistics
-from deltasam_plugin.settings import DEFAULT_RHO, Settings
+from deltasam_plugin.settings import DEFAULT_RHO
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
 from tests.helpers.runs import SENTENCES as ROBERTA_RUN
@@ -331,50 +330,9 @@ def test_options_and_their_defaults() -> None:
     expected = {name: "off" if value is False else str(value) for name, value in defaults.items()}
     expected |= {"`--sam-rho`": f"{DEFAULT_RHO['batch']}; `instance`: {DEFAULT_RHO['instance']}"}
     expected |= {"`--sam-parameters`": "all", "`--sam-loss-budget`": "none"}
+    weights = {name: own.weight for name, own in DESCENTS.items() if own.weight is not None}
+    expected |= {"`--sam-descent-weight`": "; ".join(f"`{name}`: {weight:g}" for name, weight in weights.items())}
     assert {row["option"]: row["default"] for row in rows(README, "option")} == expected
-
-
-OTHER_VALUES: dict[str, Any] = {
-    **{"weighting": "kl", "probes": 2, "probe_scale": 0.02, "sync": True, "group": 4, "loss_budget": 0.1},
-    **{"ascent": "momentum", "adaptive": True, "parameters": "norm", "interval": 2, "warmup_updates": 5},
-    **{"rho_schedule": "lr"},
-}
-
-
-def option_names(text: str) -> list[str]:
-    """The names in `Settings` of the options in a text."""
-    return [name.replace("-", "_") for name in re.findall(r"--sam-([a-z-]+)", text)]
-
-
-def test_what_combines() -> None:
-    """Every option but the radius, in every mode, is accepted, refused or without effect as the table says."""
-    table = rows(README, "with")
-    named = [name for row in table for name in option_names(row["with"])]
-    assert sorted(named) == sorted(OTHER_VALUES)
-    assert {*named, "rho", "perturbation"} == {item.name for item in fields(Settings)}
-    for row in table:
-        for head in list(row)[1:]:
-            flag, value = head.strip("`").split()
-            mode = {flag.removeprefix("--sam-"): value}
-            for name in option_names(row["with"]):
-                options = {**mode, name: OTHER_VALUES[name]}
-                if row[head] == "refused":
-                    with pytest.raises(ValueError, match="Invalid"):
-                        Settings(**options)
-                    continue
-                changed = Settings(**options)
-                if name in ("weighting", "probes", "probe_scale"):
-                    assert (changed.measure is None) == (row[head] == "not used"), (head, name)
-
-
-def test_methods_are_settings() -> None:
-    """Every combination of options in the table of methods is accepted."""
-    for row in rows(README, "method"):
-        words = row["options"].strip("`").replace(" M", " 4").replace(" C", " 0.1").split()
-        parser = ArgumentParser()
-        gen_parser_from_dataclass(parser, DeltaSAMOptimizerConfig())
-        parsed = vars(parser.parse_args([] if words == ["none"] else words))
-        Settings(**{item.name: parsed[f"sam_{item.name}"] for item in fields(Settings)})
 
 
 def test_scalars() -> None:
@@ -391,6 +349,23 @@ def test_results_are_those_of_the_example() -> None:
     assert results == rows((ROOT / "examples" / "sentiment" / "README.md").read_text(), "run")
     assert tuple(results[0]) == TITLES
     assert [row["run"] for row in results] == list(OPTIMIZERS)[: len(results)]
+
+
+def test_costs_of_methods_are_those_of_the_table_of_choices() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    measured = {row["choice"]: row["seconds, memory"].split()[0] for row in rows(page, "choice")}
+    shown = [cost for row in rows(README, "method") for cost in row["cost"].split("; ")]
+    assert len(measured) > 1
+    for choice, ratio in measured.items():
+        mode, _, name = choice.rpartition(", ")
+        cost = (
+            f"Adam alone: {ratio}"
+            if name == "Adam"
+            else f"`instance`: {ratio}"
+            if mode and name != "group 4"
+            else ratio
+        )
+        assert cost in shown, choice
 
 
 def test_costs_are_those_of_the_full_table() -> None:

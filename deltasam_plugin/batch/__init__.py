@@ -6,6 +6,9 @@ r"""One perturbation for the whole batch (``--sam-perturbation batch``).
 ``perturbation.py``     one (micro-)batch: probe, weigh, ascend
 ``probing.py``          per-sample losses at both ends of random displacements
 ``weighting.py``        from these losses to the weights v of the samples
+``momentum.py``         directions by the base optimizer's momentum
+``descent.py``          from the gradients at w and at w + ε to the one that is handed over
+``orthogonal.py``       the part of a vector that is orthogonal to another
 ``displacement.py``     move parameters, and restore them bit for bit
 ``workers.py``          data-parallel workers that share one perturbation
 ======================  ==================================================================

@@ -7,16 +7,18 @@ inferred from which parameters have a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deltasam_plugin.adaptive import filter_scale
 from deltasam_plugin.precision import at_least_float32
+
+ROW = 512  # squares that a norm adds up one after the other
 
 
 def lot_size(device: torch.device) -> int:
@@ -70,12 +72,22 @@ def tensor_norm(tensor: Tensor) -> Tensor:
     r"""The L2 norm of one tensor, :math:`m\,\sqrt{\sum_j (g_j/m)^2},\ m = \max_j |g_j|`.
 
     With the largest magnitude factored out nothing overflows or underflows on the way, and the squares are added
-    pairwise: torch's own fp32 norm is off by 0.1 % at 20 million elements on a CPU.
+    pairwise: torch's own fp32 norm is off by 0.1 % at 20 million elements on a CPU. A CPU is asked first whether it
+    must be factored out; a GPU is not, because asking is waiting.
     """
     value = dense(tensor)
+    if value.device.type == "cpu" and 1e-12 < float(norm := _unscaled_norm(value)) < 1e18:
+        return norm
     peak = value.abs().amax()
     unit = torch.where(peak > 0, peak, 1)
     return unit * (value / unit).square_().sum().sqrt()
+
+
+def _unscaled_norm(value: Tensor) -> Tensor:
+    """The norm of the norms of rows, which reads the values once; where there are no rows, by squares."""
+    if value.numel() % ROW:
+        return value.square().sum().sqrt()
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(value.reshape(-1, ROW), dim=1))
 
 
 def lots(tensors: Sequence[Tensor], *more: Sequence[Any]) -> list[list[int]]:
@@ -90,6 +102,9 @@ def lots(tensors: Sequence[Tensor], *more: Sequence[Any]) -> list[list[int]]:
     sizes: dict[tuple[Any, ...], int] = {}
     for index, (tensor, *properties) in enumerate(zip(tensors, *more, strict=True)):
         key = tensor.device, tensor.dtype, *properties
+        if tensor.numel() >= lot_size(tensor.device):
+            found.append([index])  # alone: joining copies
+            continue
         if key not in sizes or sizes[key] >= lot_size(tensor.device):
             latest[key], sizes[key] = [], 0
             found.append(latest[key])
@@ -187,43 +202,83 @@ def rewound(parameters: Sequence[PerturbedParameter], rewritten: Sequence[Tensor
         yield
 
 
+class Drawn(NamedTuple):
+    """Steps that are drawn lot by lot and kept nowhere.
+
+    Attributes:
+        moves: one per parameter, whether it moves.
+        draw: called with the flat values of each lot in turn, in the best precision that is kept of them. Returns their
+            steps, flat, at least fp32.
+    """
+
+    moves: Sequence[bool]
+    draw: Callable[[Tensor], Tensor]
+
+
 def displace(
     parameters: Sequence[PerturbedParameter],
     originals: Sequence[Tensor],
-    steps: Sequence[Tensor | None],
+    steps: Sequence[Tensor | None] | Drawn,
     scale: Tensor,
-    unit: Tensor | None = None,
 ) -> None:
-    """Set every parameter to its original plus ``scale * (step / unit)``; to be called inside :func:`restored`.
+    """Set every parameter to its original plus ``scale * step``; to be called inside :func:`restored`.
 
     Args:
         parameters: what to move.
         originals: from :func:`restored`, one per parameter.
-        steps: one per parameter, of its shape; None moves nothing.
+        steps: one per parameter, of its shape; None moves nothing. Or drawn.
         scale: scalar. Where it is zero nothing moves, not even by rounding a master, whatever the steps hold.
-        unit: scalar; one by default.
+    """
+    for _ in displaced_lots(parameters, originals, steps, scale):
+        pass
+
+
+def displaced_lots(
+    parameters: Sequence[PerturbedParameter],
+    originals: Sequence[Tensor],
+    steps: Sequence[Tensor | None] | Drawn,
+    scale: Tensor,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Like :func:`displace`, lot by lot.
+
+    Yields:
+        The new values of a lot and the original ones, flat, while a CPU's cache holds them.
     """
     moving: list[tuple[Tensor, ...]] = []
     resting = []
-    for p, original, step in zip(parameters, originals, steps, strict=True):
-        if step is None:
+    draw, chosen = (steps.draw, steps.moves) if isinstance(steps, Drawn) else (None, steps)
+    on_cpu = scale.device.type == "cpu"
+    rests = on_cpu and not bool(scale)  # a GPU is not asked
+    for p, original, step in zip(parameters, originals, chosen, strict=True):
+        if step is None or step is False or rests:
             resting.append((p.parameter, original))
-        elif step.shape == original.shape:
-            moving += parts_of(p.parameter, original, step, *([] if p.master is None else [p.master]))
-        else:
-            raise RuntimeError(f"A step of shape {tuple(step.shape)} for a parameter of shape {tuple(original.shape)}.")
+            continue
+        kept = [p.parameter, original] if p.master is None else [p.parameter, original, p.master]
+        if isinstance(step, Tensor):
+            if step.shape != original.shape:
+                shapes = tuple(step.shape), tuple(original.shape)
+                raise RuntimeError("A step of shape {} for a parameter of shape {}.".format(*shapes))
+            kept.append(step)
+        moving += parts_of(*kept)
     if resting:
         copy_all(*zip(*resting, strict=True))
     kinds = [tuple(tensor.dtype for tensor in tensors[2:]) for tensors in moving]
+    factors = {device: scale.to(device) for device in {tensors[0].device for tensors in moving}}
     for lot in lots([original for _, original, *_ in moving], kinds):
         targets, before, *more = zip(*(moving[i] for i in lot))
-        original = flattened(before)
-        value = flattened(more[1]) if len(more) == 2 else original  # the master
-        factor, step = scale.to(original.device), joined(more[0])
-        step = step * factor if unit is None else (step / unit.to(original.device)).mul_(factor)
-        moved = (value + step).to(original.dtype)
-        pieces = torch.where(factor != 0, moved, original).split([tensor.numel() for tensor in before])
-        copy_all(targets, [piece.view(old.shape) for piece, old in zip(pieces, before, strict=True)])
+        given = [] if draw else more.pop()
+        original, factor = flattened(before), factors[before[0].device]
+        value = flattened(more.pop()) if more else original  # the master
+        taken = draw(value) if draw else joined(given)
+        # Not addcmul: it rounds an element by where it is in its tensor.
+        if on_cpu and len(lot) == 1 and targets[0].is_contiguous() and value.dtype == original.dtype:
+            moved = torch.mul(taken, factor, out=targets[0].data.view(-1)).add_(value)
+        else:
+            moved = (taken * factor).add_(value).to(original.dtype)
+            moved = moved if on_cpu else torch.where(factor != 0, moved, original)
+            pieces = moved.split([tensor.numel() for tensor in before])
+            copy_all(targets, [piece.view(old.shape) for piece, old in zip(pieces, before, strict=True)])
+        yield moved, original
 
 
 def _stretch(gradients: list[Tensor | None], scales: Sequence[Tensor]) -> None:
@@ -280,18 +335,12 @@ def ascended(
         scales = [filter_scale(old if p.master is None else p.value) for p, old in every] if adaptive else []
         _stretch(gradients, scales)
         norm = global_norm(gradient for gradient in gradients if gradient is not None)
-        usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny)  # below it g/‖g‖ has no precision left
-        unit = torch.where(usable, norm, 1)
-        # Two factors, g/‖g‖ first: ρ/‖g‖ would overflow for a tiny gradient.
-        radius = torch.full_like(norm, rho) if rise is None else (rise.to(norm) / unit).clamp(max=rho)
+        radius = torch.full_like(norm, rho) if rise is None else (rise.to(norm) / norm).clamp(max=rho)
+        step = radius / norm
+        # A subnormal norm has no precision left, and a radius that is too large for it has no step.
+        usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny) & torch.isfinite(step)
         _stretch(gradients, scales)
-        displace(parameters, originals, gradients, torch.where(usable, radius, 0), unit)
-        moving = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        moves = displaced_lots(parameters, originals, gradients, torch.where(usable, step, 0))
+        moved = norm_of_norms([tensor_norm(at_least_float32(now) - at_least_float32(old)) for now, old in moves])
         gradients.clear()
-        pairs = [pair for i in moving for pair in parts_of(parameters[i].parameter, originals[i])]
-        norms = []
-        for lot in lots([original for _, original in pairs]):
-            now, before = zip(*(pairs[i] for i in lot))
-            norms.append(tensor_norm(joined(now) - joined(before)))
-        moved = norm_of_norms(norms)
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

@@ -115,14 +115,16 @@ def logit_change(moved: Tensor, center: Logits, batch: int) -> tuple[Tensor, Ten
 
 def _variances(moved: Tensor, center: Tensor) -> Tensor:
     """Of the change of the logits and of the logits themselves, under the predictions; (2, N)."""
-    probabilities = center.softmax(dim=-1)
-    possible = probabilities > 0  # elsewhere minus infinity less minus infinity must not count
-    return torch.stack([_variance(probabilities, torch.where(possible, x, 0)) for x in (moved - center, center)])
+    probabilities, change = center.softmax(dim=-1), moved - center
+    if center.device.type != "cpu" or center.numel() == 0 or not bool(probabilities.amin() > 0):  # a GPU is not asked
+        possible = probabilities > 0  # elsewhere minus infinity less minus infinity must not count
+        change, center = (torch.where(possible, x, 0) for x in (change, center))
+    return torch.stack([_variance(probabilities, x) for x in (change, center)])
 
 
 def _variance(probabilities: Tensor, values: Tensor) -> Tensor:
-    values -= (probabilities * values).sum(dim=-1, keepdim=True)
-    return (probabilities * values.square_()).sum(dim=-1).double()
+    centred = values - (probabilities * values).sum(dim=-1, keepdim=True)
+    return (probabilities * centred.square_()).sum(dim=-1).double()
 
 
 def rounding_floor(displaced: Sequence[Tensor], center: Tensor, eps: float) -> Tensor:

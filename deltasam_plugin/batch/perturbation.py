@@ -6,14 +6,17 @@ gradient, perturbation, second pass, restoration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from deltasam_plugin.batch.descent import DESCENTS, backward_along
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, originals_of_rewritten, rewound
 from deltasam_plugin.batch.measures import Measure
+from deltasam_plugin.batch.momentum import MomentumOf, gradient_noise
 from deltasam_plugin.batch.probing import probe
 from deltasam_plugin.batch.weighting import (
     WEIGHTINGS,
@@ -25,7 +28,16 @@ from deltasam_plugin.batch.weighting import (
 )
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
-from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses, leaves_of, visible_leaves
+from deltasam_plugin.loss import (
+    Ascend,
+    Backward,
+    Objective,
+    Statistics,
+    check_losses,
+    leaves_of,
+    plain_backward,
+    visible_leaves,
+)
 from deltasam_plugin.precision import Rounding, at_least_float32, observed_dtypes
 from deltasam_plugin.replay import Conditions, unchanged_versions
 from deltasam_plugin.settings import Settings
@@ -48,6 +60,7 @@ class BatchPerturbation:
         checks: of the run; by default none are made.
         held: further parameters of the optimizer.
         rho: radius, by default that of the settings.
+        momentum: the base optimizer's momentum of a parameter; None where there is none yet.
     """
 
     def __init__(
@@ -60,7 +73,9 @@ class BatchPerturbation:
         checks: Checks | None = None,
         held: Sequence[Tensor] = (),
         rho: float | None = None,
+        momentum: MomentumOf = lambda parameter: None,
     ) -> None:
+        self._momentum = momentum
         self._rho = settings.radius if rho is None else rho
         self._parameters = parameters
         self._held = held
@@ -94,14 +109,16 @@ class BatchPerturbation:
         objective = objective._replace(logits=None)  # frees them
 
         @contextmanager
-        def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
+        def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Backward]:
             nonlocal objective
             own_weights, all_weights, lost = self._sample_weights(objective.losses, probed, scale)
             uniform = 1 / all_weights.numel()
             if self._checks is not None and probed is not None and all_weights.numel() > 1:
                 self._checks.lost((lost >= 1) & (scale != 0))
-            gradients = self._ascent_gradients(objective, own_weights / uniform, scale)
+            at_w, factor = self._gradients_at_w(objective, own_weights / uniform, scale), objective.factor
             del objective  # frees what is left of the first graph
+            gradients, second_backward = self._direction(at_w), self._second_backward(at_w, factor)
+            del at_w  # frees what is not needed twice
             budget = self._settings.loss_budget
             rise = None if budget is None else budget * scale.abs() / uniform
             adaptive = self._settings.adaptive
@@ -116,7 +133,8 @@ class BatchPerturbation:
                     probes_failed=failed,
                     probes_lost=lost,
                 )
-                yield torch.where(ascent.overflowed, torch.inf, scale) if rounding.dtype == torch.float16 else scale
+                scale = torch.where(ascent.overflowed, torch.inf, scale) if rounding.dtype == torch.float16 else scale
+                yield partial(second_backward, scale)
 
         return objective.loss.detach(), ascend
 
@@ -164,8 +182,8 @@ class BatchPerturbation:
         all_weights = sample_weights(self._weighting, measured, floor)
         return all_weights[own], all_weights, (root_mean_square(measured) <= floor.amax()).double().mean()
 
-    def _ascent_gradients(self, objective: Objective, relative: Tensor, scale: Tensor) -> list[Tensor | None]:
-        """The gradient of the reweighted loss, with weights relative to uniform ones.
+    def _gradients_at_w(self, objective: Objective, relative: Tensor, scale: Tensor) -> dict[Tensor, Tensor | None]:
+        """The gradient of the reweighted loss, by leaf, with weights relative to uniform ones.
 
         Uniform weights are exactly 1 there, and give SAM bit for bit. If workers add up their gradients, each counts
         by its number of samples. The gradient carries the loss scale; without it, half precision would underflow.
@@ -180,8 +198,21 @@ class BatchPerturbation:
             leaves = [*(p.parameter for p in self._parameters), *self._held, *leaves_of(ascended_loss)]
         with stashed_gradients(leaves):
             ascended_loss.backward(scale.to(ascended_loss.dtype))
-            gradients = [p.parameter.grad for p in self._parameters]
-        return self._workers.all_reduce(gradients, self._parameters)
+            return {leaf: leaf.grad for leaf in leaves}
+
+    def _direction(self, at_w: Mapping[Tensor, Tensor | None]) -> list[Tensor | None]:
+        """Along which the parameters ascend; common to all workers that share a perturbation."""
+        gradients = self._workers.all_reduce([at_w.get(p.parameter) for p in self._parameters], self._parameters)
+        if self._settings.ascent == "noise":
+            return gradient_noise(gradients, [self._momentum(p) for p in self._parameters])
+        return gradients
+
+    def _second_backward(self, at_w: Mapping[Tensor, Tensor | None], factor: float) -> Callable[[Tensor, Tensor], None]:
+        """The backward pass at the perturbed weights, from a scale and a loss. The factor turns a sum into the loss."""
+        descent, weight = DESCENTS[self._settings.descent], self._settings.descent_weight
+        if weight is None or self._rho == 0:  # both gradients are equal, up to the order of sums
+            return plain_backward
+        return partial(backward_along, descent.function, weight, at_w, factor)
 
 
 def check_logits(objective: Objective, weighting: Weighting) -> None:

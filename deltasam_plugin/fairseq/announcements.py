@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.precision import Rounding, observed_dtypes, spacing
 from deltasam_plugin.settings import Settings
 
@@ -33,9 +34,9 @@ def start_line(names: TrainedBy, settings: Settings, perturbed: Iterable[Tensor]
         uncovered: those of them that instance mode leaves unperturbed.
     """
     mode: dict[str, Any] = {"rho": settings.radius, "perturbation": settings.perturbation}
-    if settings.perturbation == "batch" and settings.ascent == "gradient":
+    if settings.weighs:
         mode["weighting"] = settings.weighting
-        if settings.measure is not None:
+        if WEIGHTINGS[settings.weighting].measure is not None:
             mode["probes"] = settings.probes
     further = [item for item in fields(Settings) if item.name not in ("rho", "perturbation", "weighting", "probes")]
     mode |= {item.name: value for item in further if (value := getattr(settings, item.name)) != item.default}
@@ -55,8 +56,8 @@ def warn_of_half_precision(parameters: Sequence[PerturbedParameter], settings: S
     name = str(dtype).removeprefix("torch.") if dtype != torch.float32 else "TF32"
     if settings.perturbation != "batch" or not rounding.coarse:
         return
-    measure = settings.measure
-    if measure is not None:
+    measure = WEIGHTINGS[settings.weighting].measure
+    if settings.weighs and measure is not None:
         least = measure.least_scale.get(dtype, 0)
         details = ""
         if least > settings.probe_scale:

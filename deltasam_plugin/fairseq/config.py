@@ -5,6 +5,7 @@ from typing import Optional
 
 from fairseq.dataclass import FairseqDataclass
 
+from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.settings import ASCENTS, DEFAULT_RHO, PERTURBATIONS, SCHEDULES, Settings
 
@@ -57,7 +58,19 @@ class DeltaSAMOptimizerConfig(FairseqDataclass):
     sam_ascent: str = field(
         default=Settings.ascent,
         metadata={
-            "help": f"direction of the ascent: {', '.join(ASCENTS)} of the base optimizer, without a pass of its own"
+            "help": f"direction of the ascent: {', '.join(ASCENTS)} (without a pass of its own); the latter two by the "
+            "base optimizer's momentum"
+        },
+    )
+    sam_descent: str = field(
+        default=Settings.descent,
+        metadata={"help": f"gradient that the base optimizer gets: {', '.join(DESCENTS)} (WSAM and GSAM)"},
+    )
+    sam_descent_weight: Optional[float] = field(  # noqa: UP045  # fairseq does not know float | None
+        default=None,
+        metadata={
+            "help": "weight in it; by default "
+            + ", ".join(f"{own.weight:g} for {name}" for name, own in DESCENTS.items() if own.weight is not None)
         },
     )
     sam_interval: int = field(

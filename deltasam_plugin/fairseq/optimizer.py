@@ -8,8 +8,6 @@ of the base optimizer, and the other way round.
 import logging
 import weakref
 from argparse import ArgumentParser
-from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import chain
 from typing import Any
@@ -22,14 +20,14 @@ from torch import Tensor, nn
 
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.momentum import check_momentum
+from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
 from deltasam_plugin.fairseq.backward import BackwardPasses
 from deltasam_plugin.fairseq.base_options import NAME, BaseOptions
 from deltasam_plugin.fairseq.config import DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.errors import Unsupported, one_message
-from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters
+from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters, part_of
 from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
 from deltasam_plugin.perturbations import Perturbations, chosen_parameters
 from deltasam_plugin.settings import Settings
@@ -68,7 +66,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     peak_lr: float
     _warned: bool = False
     _announced: bool = False
-    _has_momentum: bool = False
+    _momentum_checked: bool = False
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -87,10 +85,11 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
-        if self.settings.ascent == "momentum" and not self._has_momentum:
+        if self.settings.ascent != "gradient" and not self._momentum_checked:
             with one_message():
-                check_momentum(self._states.values(), self.names.optimizer)
-            self._has_momentum = True
+                states = (self._state_of(holder) for holder in self.parameters.given if holder.grad is not None)
+                check_momentum(states, self.settings.ascent)
+            self._momentum_checked = True
 
     @property
     def updates(self) -> int:
@@ -136,22 +135,28 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 named = chosen_parameters(named, self.settings)
             checks = None if perturbations is None else perturbations.checks
             leaves = [parameter for _, parameter in every]
+            own = weakref.proxy(self)  # no cycle: an optimizer that nobody uses must be gone at once
             perturbations = Perturbations(
                 named,
                 self.settings,
                 leaves,
                 workers=self.workers,
                 checks=checks,
-                momentum=lambda item: self.parameters.momentum_of(self._states, item),
+                momentum=lambda item: own._momentum(item),
             )
             self._perturbations[modules] = parameters, perturbations
         return perturbations
 
-    @property
-    def _states(self) -> Mapping[Any, Mapping[str, Any]]:
-        """The base optimizer's state of each parameter. The optimizer `composite` consists of several."""
-        parts = getattr(self.optimizer, "optimizers", {})
-        return ChainMap(*(part.optimizer.state for part in parts.values())) if parts else self.optimizer.state
+    def _momentum(self, item: PerturbedParameter) -> Tensor | None:
+        """The base optimizer's momentum of a parameter; None before its first step."""
+        holder = self.parameters.holder(item)
+        momentum = momentum_of(self._state_of(holder))
+        return None if momentum is None else part_of(item, holder, momentum)
+
+    def _state_of(self, holder: Tensor) -> dict[str, Any]:
+        """The state of what the base optimizer was given. A composite one has several optimizers."""
+        optimizers = getattr(self, "optimizers", {NAME: self}).values()
+        return next((own.optimizer.state[holder] for own in optimizers if holder in own.optimizer.state), {})
 
     @property
     def workers(self) -> Workers:

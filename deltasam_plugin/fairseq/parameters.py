@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
-from deltasam_plugin.batch.momentum import momentum_of
 from deltasam_plugin.fairseq.errors import Unsupported
 
 
@@ -24,7 +22,7 @@ class TrainedParameters:
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self._given = given
+        self.given = given
         self._copies: dict[tuple[nn.Module, ...], dict[Tensor, Tensor | None]] = {}
         self._lists: dict[tuple[nn.Module, ...], tuple[list[int], list[PerturbedParameter]]] = {}
 
@@ -42,7 +40,7 @@ class TrainedParameters:
         key = [id(p) for p in parameters]
         if modules not in self._lists or self._lists[modules][0] != key:
             if modules not in self._copies:
-                self._copies[modules] = fp32_copies(modules, self._given)
+                self._copies[modules] = fp32_copies(modules, self.given)
             copies = self._copies[modules]
             rewritten = {id(p) for module in modules for p in rewritten_parameters(module)}
             unused = {id(p) for module in modules for p in fast_path_copies(module)}
@@ -50,23 +48,26 @@ class TrainedParameters:
             self._lists[modules] = key, [PerturbedParameter(p, copies[p], id(p) in rewritten) for p in trained]
         return self._lists[modules][1]
 
-    def momentum_of(self, states: Mapping[Any, Mapping[str, Any]], item: PerturbedParameter) -> Tensor | None:
-        """The momentum of a parameter, of its shape; None if there is none (yet).
+    def holder(self, item: PerturbedParameter) -> Tensor:
+        """What the optimizer was given for a parameter: itself, its fp32 copy, or the flat copy of all."""
+        if item.master is None:
+            return item.parameter
+        return self.given[0] if len(self.given) == 1 else item.master
 
-        Args:
-            states: of the base optimizer, by what it was given.
-            item: one of :meth:`of`. The optimizer holds the parameter itself, its copy, or one flat copy of all.
-        """
-        master = item.parameter if item.master is None else item.master
-        momentum = momentum_of(states.get(master, {}))
-        if (
-            momentum is None
-            and len(self._given) == 1
-            and (flat := momentum_of(states.get(self._given[0], {}))) is not None
-        ):
-            start = master.storage_offset() - self._given[0].storage_offset()
-            momentum = flat.flatten()[start : start + master.numel()].view_as(master)
-        return momentum
+
+def part_of(item: PerturbedParameter, holder: Tensor, values: Tensor) -> Tensor:
+    """The part of the optimizer's values that belongs to a parameter.
+
+    Args:
+        item: the parameter.
+        holder: what the optimizer was given for it.
+        values: one for each element of `holder`.
+    """
+    if holder.shape == item.parameter.shape:
+        return values
+    assert item.master is not None  # a view of the flat copy
+    start = item.master.storage_offset() - holder.storage_offset()
+    return values.flatten()[start : start + item.parameter.numel()].view(item.parameter.shape)
 
 
 def named_parameters(model: nn.Module, criterion: nn.Module) -> list[tuple[str, nn.Parameter]]:

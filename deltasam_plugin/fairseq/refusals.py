@@ -27,13 +27,16 @@ REFUSED: list[tuple[str, str, str | int, str]] = [
     ("model", "quant_noise_scalar", 0, "every forward pass would count as an update, and probes would change "
      "the scales. Leave it out, or use --quant-noise-pq."),
 ]  # fmt: skip
-REWRITES = "the forward pass rewrites the weights"
-REFUSED_TOGETHER = [
-    # option of δ-SAM, its value, option of the model, reason, remedy
-    ("sam_perturbation", "instance", "checkpoint_activations",
-     "it runs layers again in backward, where their output gradients are not recorded", "batch"),
-    ("sam_perturbation", "instance", "quant_noise_pq", REWRITES, "batch"),
-    ("sam_ascent", "momentum", "quant_noise_pq", REWRITES, "gradient"),
+REFUSED_WITH = [
+    # δ-SAM's option and its values, the model's option, reason, remedy
+    ("sam_perturbation", ("instance",), "checkpoint_activations",
+     "it runs layers again in backward, where their output gradients are not recorded", "--sam-perturbation batch"),
+    ("sam_perturbation", ("instance",), "quant_noise_pq", "the forward pass rewrites the weights",
+     "--sam-perturbation batch"),
+    ("sam_ascent", ("momentum",), "quant_noise_pq", "the forward pass rewrites the weights, and no pass runs at w",
+     "--sam-ascent gradient"),
+    ("sam_descent", ("weighted", "surrogate_gap"), "checkpoint_activations",
+     "its backward pass cannot give a gradient without adding it up", "--sam-descent perturbed"),
 ]  # fmt: skip
 
 
@@ -67,11 +70,12 @@ def refuse_unsupported(root: DictConfig) -> None:
         if refused:
             name = section if name == "_name" else name
             raise ValueError(f"Invalid {name}={found!r} ({_flag(name)}): {reason}")
-    for own, value, name, reason, remedy in REFUSED_TOGETHER:
-        if option(root, "optimizer", own) == value and (found := option(root, "model", name)):
+    for own, values, name, reason, remedy in REFUSED_WITH:
+        chosen, found = option(root, "optimizer", own), option(root, "model", name)
+        if chosen in values and found:
             raise ValueError(
-                f"Invalid {name}={found!r} ({_flag(name)}) with {_flag(own)} {value}: {reason}. "
-                f"Leave it out, or use {_flag(own)} {remedy}."
+                f"Invalid {name}={found!r} ({_flag(name)}) with {_flag(own)} {chosen}: {reason}. Leave it out, or use "
+                f"{remedy}."
             )
 
 

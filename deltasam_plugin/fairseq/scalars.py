@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from fairseq.logging import metrics
 
+from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import Settings
 
@@ -25,12 +26,13 @@ SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEAN
 
 # What README and reports say of them.
 MEANINGS = {
-    "loss": "as ever: the loss at w, not at the perturbed point. With `--sam-ascent momentum` the loss at w + ε",
-    "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2",
+    "loss": "as ever: the loss at w, not at the perturbed point. With `--sam-ascent momentum` at the perturbed point",
+    "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2. Not with `momentum`",
     "sam_rho": "the radius, if it varies from update to update",
     "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Not with `uniform`",
     "sam_weight_max": "B · max v: 1 when the weights are uniform. Not with `uniform`",
-    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. ρ Σ‖gᵢ‖ is the sharpness to first order",
+    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. ρ Σ‖gᵢ‖ is the sharpness to first order. "
+    "With `noise` and `momentum` the norm of that",
     "sam_ascent_gnorm_std": "standard deviation of the ‖gᵢ‖. In instance mode only",
     "sam_eps_norm": "how far the parameters really moved. It is ρ in single precision. In half precision rounding "
     "changes it",
@@ -42,10 +44,10 @@ MEANINGS = {
 
 def constant_scalars(settings: Settings) -> set[str]:
     """The statistics that never change with these settings. They are not logged."""
-    if settings.perturbation == "instance" and settings.radius > 0:
-        return OF_PROBES
-    unknown = {"sharpness"} if settings.ascent == "momentum" else set()
-    return {"ascent_gnorm_std"} | unknown | (OF_PROBES if settings.measure is None else set())
+    of_probes = set() if settings.weighs and WEIGHTINGS[settings.weighting].measure is not None else OF_PROBES
+    if settings.ascent == "momentum":
+        return of_probes | {"ascent_gnorm_std", "sharpness"}
+    return of_probes | (set() if settings.perturbation == "instance" and settings.radius > 0 else {"ascent_gnorm_std"})
 
 
 def log_entries(statistics: Statistics, settings: Settings, rho: float) -> dict[str, Any]:

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 
-def arriving(value: Tensor) -> Callable[[], int]:
-    """Start to copy a whole number to the host, and do not wait for it.
+def arriving(value: Tensor) -> Callable[[], Tensor]:
+    """Start to copy a tensor to the host, and do not wait for it.
 
     Args:
-        value: integer scalar.
+        value: on any device.
 
     Returns:
-        A function that gives the number. It waits only if the device has not come so far by then.
+        A function that gives the copy. It waits only if the device has not come so far by then.
     """
     if not value.is_cuda:
-        return lambda: int(value)
+        return lambda: value
     there = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
     there.copy_(value, non_blocking=True)
     event = torch.cuda.current_stream(value.device).record_event()
 
-    def number() -> int:
+    def arrived() -> Tensor:
         event.synchronize()
-        return int(there)
+        return there
 
-    return number
+    return arrived

@@ -22,6 +22,8 @@ from deltasam_plugin.checks import is_power_of_two
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
+from deltasam_plugin.instance.entanglement import entangled, marked
+from deltasam_plugin.instance.familiarity import Familiarity
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
 from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
@@ -101,6 +103,8 @@ class InstanceEngine:
         self._parameters = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._coverage = Coverage(self._parameters)
         self._ownership = Ownership()
+        self._familiarity = Familiarity()
+        self._entangled = False
         self._batches = 0
 
     @property
@@ -129,7 +133,8 @@ class InstanceEngine:
     def solve(self, tape: Tape, losses: Tensor, scale: Tensor | float = 1.0, rho: float | None = None) -> Solution:
         r"""Find every sample's perturbation in one backward pass, which reaches no parameter and no ``.grad``.
 
-        First batches and a few later ones take more: see ``ownership`` and ``coverage``.
+        First batches, a few later ones and those unlike all before take more: see ``ownership``, ``coverage``,
+        ``familiarity`` and ``entanglement``.
 
         Args:
             tape: of the pass that computed the losses. It is spent, and so is the losses' graph.
@@ -149,17 +154,27 @@ class InstanceEngine:
             self._coverage.exclude(tape.misused())
             calls, rows, scaled = list(tape.calls), [Listed(owners, losses.numel()) for owners in tape.rows], []
             tape.calls.clear()
-            check = self._is_to_be_checked()
-            if losses.numel() > 1 and (check or self._ownership.leaves_open(calls, losses, rows)):
+            batch, check = losses.numel(), self._is_to_be_checked()
+            strange = batch > 1 and self._familiarity.strange(calls, losses)
+            untrusted = check or strange or self._entangled or self._familiarity.lost
+            looked_up = batch > 1 and (untrusted or self._ownership.leaves_open(calls, losses, rows))
+            if looked_up:
                 for factor in self._ownership.factors(calls, losses):
                     scaled.append(_gradients(losses, calls, seed * factor, retain_graph=True))
+                self._familiarity.learn()
+            nan: list[Tensor | None] = []
+            if looked_up and (check or strange) and not self._entangled and not torch.is_anomaly_enabled():
+                marks = marked(batch, self._batches, losses.device)
+                nan = _gradients(losses, calls, torch.where(marks, torch.nan, 0 * seed), retain_graph=True)
             verified = self._coverage.names() if check else self._coverage.unverified()
             wanted = [self._parameters[name] for name in verified]
             found = _gradients(losses, calls, seed, wanted)
             true = {name: g for name, g in zip(verified, found[len(calls) :]) if g is not None}
             gradients = found[: len(calls)]
-            groupings, reasons = self._ownership.groupings(calls, gradients, scaled, losses.numel(), rows)
+            groupings, reasons = self._ownership.groupings(calls, gradients, scaled, batch, rows)
             self._coverage.exclude({**_detached_uses(calls, gradients, tape.superseded), **reasons})
+            if nan:
+                self._entangled = entangled(calls, groupings, gradients, nan, marks, self._coverage)
             groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
             planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             if true:
@@ -169,7 +184,7 @@ class InstanceEngine:
                 if self._coverage.exclude(self._coverage.verify(true, totals, eps)):
                     planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             work = list(zip(calls, planned, gradients))
-            del found, calls, gradients, true
+            del found, calls, gradients, scaled, nan, true
             per_sample = _accumulated(work)
             self._coverage.warn()
             sizes = torch.ones_like(losses).split(self.group)
@@ -177,7 +192,7 @@ class InstanceEngine:
             rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget * sizes
             scale_of = cache(self._scale_of) if self.adaptive else None
             perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
-            return Solution(perturbation, planned, sizes, bool(scaled))
+            return Solution(perturbation, planned, sizes, looked_up)
 
     def _scale_of(self, part: ParameterSlice) -> Tensor:
         scale = filter_scale(self._parameters[part.name])

@@ -61,6 +61,13 @@ def form(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(at_least_float32(left).transpose(1, 2), at_least_float32(right))
 
 
+def _inner_products(one: Tensor, other: Tensor) -> Tensor:
+    """Of all vectors of (B, T, m) and (B, S, m): (B, T, S)."""
+    first = at_least_float32(one)
+    second = first if other is one else at_least_float32(other)
+    return torch.bmm(first, second.transpose(1, 2))
+
+
 def _left_products(one: Factor, other: Factor) -> Tensor:
     """All inner products of the left vectors, (B, T, S)."""
     if one.indexed and other.indexed:
@@ -70,7 +77,7 @@ def _left_products(one: Factor, other: Factor) -> Tensor:
         return at_least_float32(one.left.gather(2, index))
     if one.indexed:
         return _left_products(other, one).transpose(1, 2)
-    return torch.bmm(at_least_float32(one.left), at_least_float32(other.left).transpose(1, 2))
+    return _inner_products(one.left, other.left)
 
 
 def right_products(one: Tensor, other: Tensor, affine: bool) -> Tensor:
@@ -81,7 +88,7 @@ def right_products(one: Tensor, other: Tensor, affine: bool) -> Tensor:
         other: (B, S, m).
         affine: whether both carry a one that is not stored.
     """
-    products = torch.bmm(at_least_float32(one), at_least_float32(other).transpose(1, 2))
+    products = _inner_products(one, other)
     return products.add_(1) if affine else products
 
 
@@ -117,7 +124,7 @@ class _Coefficients(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, right: Tensor, steps: Tensor, affine: bool) -> Tensor:
         ctx.save_for_backward(right, steps)
         ctx.dtype = x.dtype
-        products = torch.bmm(at_least_float32(x), at_least_float32(right).transpose(1, 2))
+        products = _inner_products(x, right)
         steps = steps.view(-1, 1, 1)
         return torch.addcmul(steps, products, steps, out=products) if affine else products.mul_(steps)
 
@@ -176,7 +183,7 @@ def expand_into(y: Tensor, coefficients: Tensor, left: Tensor) -> Tensor:
 def contract(gradient: Tensor, left: Tensor) -> Tensor:
     r""":math:`g_q \cdot l_t`, the adjoint of :func:`expand_into` in the coefficients: (B, Q, n) to (B, Q, T)."""
     if left.is_floating_point():
-        return torch.bmm(at_least_float32(gradient), at_least_float32(left).transpose(1, 2))
+        return _inner_products(gradient, left)
     return at_least_float32(gradient.gather(2, left.unsqueeze(1).expand(-1, gradient.shape[1], -1)))
 
 

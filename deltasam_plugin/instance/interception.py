@@ -176,12 +176,14 @@ class Interception(TorchFunctionMode):
             self.foreign.setdefault(part.name, f"used by {name}()")
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        found = self._found(args, kwargs)
+        if not found and not self._detached:  # most calls by far
+            return
         results = result if isinstance(result, list | tuple) else (result,)
         outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
         computes = any(output.is_floating_point() for output in outputs)
         if computes:
             self._note_detached(args, kwargs)
-        found = self._found(args, kwargs)
         if not found:
             return
         if func in _DETACHES and outputs:

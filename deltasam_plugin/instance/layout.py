@@ -109,7 +109,7 @@ class Listed(Grouping):
 
     @cached_property
     def rows_per_sample(self) -> int:  # type: ignore[override]
-        return self._most()
+        return int(self._most())
 
     def group(self, rows: Tensor) -> Tensor:
         grouped = rows.new_zeros(self.batch, self.rows_per_sample, *rows.shape[1:])

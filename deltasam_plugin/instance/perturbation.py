@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.engine import InstanceEngine
-from deltasam_plugin.loss import Ascend, Objective, Statistics, check_losses
+from deltasam_plugin.loss import Ascend, Backward, Objective, Statistics, check_losses, plain_backward
 from deltasam_plugin.precision import observed_dtypes
 from deltasam_plugin.replay import Conditions, unchanged_versions
 
@@ -55,7 +56,7 @@ class InstancePerturbation:
                 return forward().losses
 
         @contextmanager
-        def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Tensor]:
+        def ascend(scale: Tensor, statistics: Statistics) -> Iterator[Backward]:
             nonlocal tape, losses
             with torch.enable_grad():
                 solution = self._engine.solve(tape, losses, scale, self._rho)
@@ -76,6 +77,7 @@ class InstancePerturbation:
             )
             overflowed = ~torch.isfinite(norms).all()
             with self._engine.perturbed(solution):
-                yield torch.where(overflowed, torch.inf, scale) if torch.float16 in dtypes else scale
+                scale = torch.where(overflowed, torch.inf, scale) if torch.float16 in dtypes else scale
+                yield partial(plain_backward, scale)
 
         return objective.loss.detach(), ascend

@@ -121,6 +121,9 @@ def load(path: Path, data: str, cpu: bool = False) -> Checkpoint:
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
     with one_line_for(f"Cannot set up the model of {path} on {data}"):
         (model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides, state=state)
+        for layer in model.modules():
+            if hasattr(layer, "BT_version"):  # fairseq 0.12.2's kernels for inference have no gradient
+                layer.ever_training = True
         name = option(config, "criterion", "_name")
         name = config.criterion.base_criterion if name == NAME else name
     try:

@@ -22,7 +22,10 @@ def two_workers(mode: str, folder: Path) -> tuple[list[int | None], list[tuple[s
     return [worker.returncode for worker in workers], outputs
 
 
-@pytest.mark.parametrize("mode", ["loss", "sync", "step", "static", "instance"])
+MODES = ["loss", "sync", "step", "static", "instance", "momentum", "noise", "weighted", "surrogate_gap"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_all_ranks_are_identical_after_fifty_updates(tmp_path: Path, mode: str) -> None:
     codes, outputs = two_workers(mode, tmp_path)
     assert codes == [0, 0], outputs[0][1] + outputs[1][1]

@@ -13,10 +13,11 @@ from hypothesis.extra import numpy as hnp
 
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.measures import DEVIATIONS, MEASURES
-from deltasam_plugin.batch.probing import draw_direction, draw_dither, probe
+from deltasam_plugin.batch.probing import dither, probe, random_signs, standard_normal
 from deltasam_plugin.batch.weighting import WEIGHTINGS, sample_weights
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import Rounding
+from tests.helpers.directions import direction_of
 
 SECOND, FIRST = MEASURES["second_difference"], MEASURES["first_difference"]
 DOUBLE, HALF = Rounding(torch.float64, 2.0**-52), Rounding(torch.float16, 2.0**-10)
@@ -84,7 +85,7 @@ def test_probes_are_exact_for_quadratics_at_any_scale(quadratic, probes, scale, 
     home = torch.cat([p.parameter.detach() for p in parameters])
     sigma = scale * home.norm() / math.sqrt(home.numel())
     for number in range(probes):
-        u = torch.cat(draw_direction(parameters, seed + number))
+        u = torch.cat(direction_of(parameters, seed + number, SECOND))
         curvature = torch.einsum("p,bpq,q->b", u, hessians, u)
         slack = 1e4 * rounding[number] + 1e-12 * sigma**2 * hessians.abs().sum() * u.square().sum()
         assert ((differences[number] - sigma**2 * curvature).abs() <= slack).all()
@@ -113,7 +114,7 @@ def test_first_differences_of_affine_losses_are_products_of_slope_and_displaceme
     parameters = [PerturbedParameter(parameter)]
     differences, rounding = probed(lambda: slopes @ parameter + 7, parameters, probes, scale, seed, FIRST)
     for number in range(probes):
-        z = draw_direction(parameters, seed + number, signs=True)[0]
+        z = direction_of(parameters, seed + number, FIRST)[0]
         expected = scale * parameter.detach().norm() / math.sqrt(3) * (slopes @ z)
         assert ((differences[number] - expected).abs() <= 1e4 * rounding[number] + 1e-12 * scale).all()
 
@@ -121,39 +122,53 @@ def test_first_differences_of_affine_losses_are_products_of_slope_and_displaceme
 # --- the direction
 
 
+@pytest.mark.parametrize("measure", [SECOND, FIRST], ids=["second", "first"])
 @given(SEEDS)
-def test_the_seed_determines_the_direction(seed):
-    parameters = [PerturbedParameter(torch.zeros(3, 2)), PerturbedParameter(torch.zeros(4))]
+def test_the_seed_determines_the_direction(measure, seed):
+    parameters = [PerturbedParameter(torch.zeros(30, 20)), PerturbedParameter(torch.zeros(40))]
     first, again, other = (
-        torch.cat([u.flatten() for u in draw_direction(parameters, s)]) for s in (seed, seed, seed + 1)
+        torch.cat([u.flatten() for u in direction_of(parameters, s, measure)]) for s in (seed, seed, seed + 1)
     )
     assert torch.equal(first, again)
-    assert not (first == other).any()
-    assert len(set(first.tolist())) == 10  # no two elements share their number
+    assert abs((first * other).mean()) < 0.25
 
 
-def test_the_direction_is_standard_normal_in_full_precision():
-    parameters = [
-        PerturbedParameter(torch.zeros(100, 100).half()),
-        PerturbedParameter(torch.zeros(5, dtype=torch.double)),
-    ]
-    parameters.append(PerturbedParameter(torch.zeros(3).half(), torch.zeros(3)))
-    direction = draw_direction(parameters, 1)
-    assert [u.dtype for u in direction] == [torch.float32, torch.float64, torch.float32]
-    assert [u.shape for u in direction] == [p.parameter.shape for p in parameters]
-    assert direction[0].mean().item() == pytest.approx(0, abs=0.03)
-    assert direction[0].std().item() == pytest.approx(1, rel=0.03)
+@given(SEEDS, st.sampled_from([torch.float16, torch.float32, torch.float64]))
+def test_the_direction_is_of_signs_that_have_nothing_in_common(seed, dtype):
+    signs = random_signs(seed)(torch.zeros(2**15 - 5, dtype=dtype))
+    assert signs.dtype == torch.promote_types(dtype, torch.float32)
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert abs(signs.mean()) < 0.03
+    for lag in (1, 31, 32, 64, 1024):
+        assert abs((signs[lag:] * signs[:-lag]).mean()) < 0.03
+
+
+@given(SEEDS)
+def test_the_direction_is_standard_normal(seed):
+    numbers = standard_normal(seed)(torch.zeros(2**15))
+    assert abs(numbers.mean()) < 0.03
+    assert numbers.square().mean().item() == pytest.approx(1, rel=0.05)
+    assert numbers.pow(4).mean().item() == pytest.approx(3, rel=0.15)
+
+
+@pytest.mark.parametrize("draw", [random_signs, standard_normal])
+def test_every_lot_has_a_direction_of_its_own_and_the_same_in_any_precision(draw):
+    single, double = draw(3), draw(3)
+    first, second = (single(torch.zeros(1000)) for _ in range(2))
+    assert not torch.equal(first, second)
+    for lot in (first, second):
+        assert torch.equal(double(torch.zeros(1000, dtype=torch.double)), lot.double())
 
 
 @given(st.integers(1, 3), SEEDS)
 def test_both_sides_of_a_probe_lie_on_one_line_and_every_probe_has_its_own(probes, seed):
-    parameters = [PerturbedParameter(torch.nn.Parameter(torch.tensor([[1.0, 2.0]], dtype=torch.double)))]
-    parameters.append(PerturbedParameter(torch.nn.Parameter(torch.tensor([-3.0], dtype=torch.double))))
+    parameters = [PerturbedParameter(torch.nn.Parameter(torch.ones(5, 8, dtype=torch.double)))]
+    parameters.append(PerturbedParameter(torch.nn.Parameter(torch.full((20,), -3.0, dtype=torch.double))))
     seen = displacements(parameters, probes, 0.1, seed)
     assert len(seen) == 2 * probes  # one forward pass each: the whole batch shares the direction
     for plus, minus in zip(seen[::2], seen[1::2], strict=True):
         torch.testing.assert_close(plus, -minus, rtol=0, atol=1e-14)
-    assert len({round(plus[0].item(), 12) for plus in seen[::2]}) == probes
+    assert len({tuple(plus.sign().tolist()) for plus in seen[::2]}) == probes
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
@@ -170,20 +185,13 @@ def test_half_precision_weights_are_probed_through_their_masters():
     master = torch.linspace(0.0251, 0.0299, 10001)  # a step of 6e-6 each, fp16 spacing 1.5e-5
     weight = torch.nn.Parameter(master.half())
     before = weight.detach().clone()
-    direction = draw_direction([PerturbedParameter(weight, master)], 3)[0]
+    direction = direction_of([PerturbedParameter(weight, master)], 3, SECOND)[0]
     sigma = 2e-4 * master.norm().item() / math.sqrt(10001)
     plus, minus = displacements([PerturbedParameter(weight, master)], 1, 2e-4, 3)
     for move, sign in ((plus, 1), (minus, -1)):
         moved = (move.double() + before.double()) - master.half().double()
         assert (moved @ direction.double() / direction.square().sum()).item() == pytest.approx(sign * sigma, rel=0.1)
     assert torch.equal(weight, before)
-
-
-@given(SEEDS)
-def test_random_signs_are_signs_and_as_many_of_each(seed):
-    z = draw_direction([PerturbedParameter(torch.zeros(100, 100))], seed, signs=True)[0]
-    assert set(z.flatten().tolist()) == {-1.0, 1.0}
-    assert abs(z.mean()) < 0.06
 
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
@@ -214,21 +222,21 @@ def test_where_numbers_are_coarse_one_more_pass_measures_what_rounding_does(meas
 
     measured, floor = probed(losses, [PerturbedParameter(weight)], 2, 0.01, 5, measure, HALF)
     assert len(places) == 1 + 2 * len(measure.sides) + 1
-    dither = places[-1] - places[0]
-    assert (dither.abs() <= 2.0**-11 * places[0]).all()
-    assert (dither.abs() > 2.0**-13 * places[0]).double().mean() > 0.5
+    steps = places[-1] - places[0]
+    assert (steps.abs() <= 2.0**-11 * places[0]).all()
+    assert (steps.abs() > 2.0**-13 * places[0]).double().mean() > 0.5
     assert floor.shape == measured.shape
     assert (floor == floor[0, 0]).all()
     assert floor[0, 0].item() == pytest.approx(DEVIATIONS * measured.std().item(), rel=0.1)
     assert (measured.abs() < floor).double().mean() > 0.9
 
 
-def test_the_dither_does_not_depend_on_the_direction():
+@pytest.mark.parametrize("draw", [random_signs, standard_normal])
+def test_the_dither_does_not_depend_on_the_direction(draw):
     parameter = torch.ones(10_000, dtype=torch.double)
-    direction = draw_direction([PerturbedParameter(parameter)], 7)[0]
-    dither = draw_dither([parameter], 7, 0.5)[0]
-    assert (dither.abs() <= 0.25).all()
-    assert abs(torch.corrcoef(torch.stack([direction, dither]))[0, 1]) < 0.03
+    direction, steps = draw(7)(parameter), dither(7, 0.5)(parameter)
+    assert (steps.abs() <= 0.25).all()
+    assert abs(torch.corrcoef(torch.stack([direction, steps]))[0, 1]) < 0.03
 
 
 # --- nothing is left behind

@@ -179,7 +179,8 @@ def changes(name: str, criterion: Any, models: tuple[Any, Any], sample: Any) -> 
     """How far the predictions of each sample are apart in two models."""
     center, moved = (logits_in(name, criterion, model, sample) for model in models)
     assert not center.values.requires_grad
-    return logit_change(moved.values, center, sample["id"].numel())
+    change, _ = logit_change(moved.values, center, sample["id"].numel())
+    return change
 
 
 WITH_LOGITS = [name for name in INDEPENDENT if ORACLES[name].criterion in LOGITS and "regression" not in name]

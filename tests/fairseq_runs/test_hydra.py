@@ -43,9 +43,36 @@ def test_the_examples_yaml(translation_data: Path, tmp_path: Path) -> None:
     saved, output = hydra_train(EXAMPLE, tmp_path, *overrides)
     assert saved["cfg"]["optimizer"]["base_optimizer"] == "adam"
     assert saved["cfg"]["optimizer"]["sam_rho"] == 0.02
+    assert "rho=0.02, perturbation=batch, weighting=curvature, probes=1, parameters=^(?!.*embed_tokens)" in output
+    assert "warmup_updates=1000" in output
     assert saved["cfg"]["criterion"]["label_smoothing"] == 0.2
     assert tuple(saved["last_optimizer_state"]["param_groups"][0]["betas"]) == (0.9, 0.98)
     assert "sam_sharpness" in output
+
+
+# Every option that a YAML or an override can give, in two runs: some belong to instance mode, some to batch mode.
+CHOICES = {
+    "batch": {
+        "weighting": "uniform",
+        "ascent": "noise",
+        "descent": "weighted",
+        "descent_weight": 2.0,
+        "adaptive": True,
+    },
+    "instance": {"perturbation": "instance", "group": 4, "loss_budget": 0.1, "interval": 2, "rho_schedule": "lr"},
+}
+
+
+@pytest.mark.parametrize("mode", CHOICES)
+def test_options_by_overrides(translation_data: Path, tmp_path: Path, mode: str) -> None:
+    overrides = [f"task.data={translation_data}", f"common.user_dir={USER_DIR}", "common.cpu=true"]
+    overrides += ["optimization.max_update=2", "dataset.max_tokens=300", "dataset.num_workers=0"]
+    overrides += [f"+optimizer.sam_{name}={value}" for name, value in CHOICES[mode].items()]
+    overrides += ["~optimizer.sam_parameters", "+model.encoder_embed_dim=32", "+model.decoder_embed_dim=32"]
+    saved, output = hydra_train(EXAMPLE, tmp_path, *overrides)
+    for name, value in CHOICES[mode].items():
+        assert saved["cfg"]["optimizer"][f"sam_{name}"] == value
+        assert f"{name}={value}" in output
 
 
 def test_a_composite_base_optimizer(translation_data: Path, tmp_path: Path) -> None:

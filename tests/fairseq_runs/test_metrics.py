@@ -54,6 +54,18 @@ LINES = {
         "perturbation=instance, parameters=decoder, loss_budget=0.1, 87,040 parameters perturbed, "
         "0 (0.00%) not covered",
     ),
+    "adaptive groups": (
+        [*INSTANCE, "--sam-group", 4, "--sam-adaptive"],
+        "perturbation=instance, group=4, adaptive=True, 139,008 parameters perturbed, 0 (0.00%) not covered",
+    ),
+    "against the momentum": (
+        ["--sam-ascent", "momentum", "--momentum", 0.9],
+        "perturbation=batch, ascent=momentum, 139,008 parameters perturbed",
+    ),
+    "weighted descent": (
+        ["--sam-weighting", "uniform", "--sam-descent", "weighted", "--sam-descent-weight", 2],
+        "perturbation=batch, weighting=uniform, descent=weighted, descent_weight=2.0, 139,008 parameters perturbed",
+    ),
 }
 
 

@@ -13,22 +13,19 @@ from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.fairseq.parameters import fp32_copies
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.settings import Settings
-from tests.helpers.runs import (
-    ADAM,
-    HALF,
-    PRECISIONS,
-    TRANSLATION,
-    assert_same_model,
-    base,
-    delta,
-    fairseq_train,
-    scalars,
-    trained,
-)
+from tests.helpers.runs import ADAM, HALF, TRANSLATION, assert_same_model, base, delta, fairseq_train, scalars, trained
 
 FIVE_MILLION = ["--encoder-layers", 3, "--decoder-layers", 3, "--encoder-attention-heads", 4]
 FIVE_MILLION += ["--encoder-embed-dim", 256, "--decoder-embed-dim", 256, "--decoder-attention-heads", 4]
 FIVE_MILLION += ["--encoder-ffn-embed-dim", 1024, "--decoder-ffn-embed-dim", 1024]
+
+PRECISIONS: dict[str, list[object]] = {
+    "fp16": HALF,
+    "fp16 flattened": ["--fp16", "--fp16-init-scale", 4],
+    "memory-efficient-fp16": ["--memory-efficient-fp16", "--fp16-init-scale", 4],
+    "amp": ["--amp", "--fp16-init-scale", 4],
+}
+
 
 pytestmark = pytest.mark.usefixtures("cuda_is_cpu")
 

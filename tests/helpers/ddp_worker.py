@@ -7,6 +7,7 @@ loss      sharpness_aware_loss: the ascent through the module inside, the second
 sync      the same with workers that share one perturbation, of which one leaves a layer out; the digest covers the
           parameters of every forward pass
 step      DeltaSAM with a closure over the wrapper, whose own exchange makes the perturbation common
+momentum, noise, weighted, surrogate_gap   DeltaSAM with an ascent or a descent of this name
 static, instance, static-instance   DeltaSAM where the wrapper has a static graph, in instance mode, and both
 """
 
@@ -22,10 +23,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from deltasam_plugin import DeltaSAM, Settings
+from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
+from deltasam_plugin.settings import ASCENTS
 
 
 class Net(nn.Module):
@@ -58,7 +61,10 @@ def main(rank: int, address: str, mode: str) -> None:
     perturbed = [PerturbedParameter(parameter) for parameter in parameters]
     base = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
     perturbation = "instance" if mode.endswith("instance") else "batch"
-    optimizer = DeltaSAM(parameters, torch.optim.SGD, 0.05, perturbation=perturbation, lr=0.1, momentum=0.9)
+    named = (
+        {"ascent": mode} if mode in ASCENTS else {"descent": mode, "weighting": "uniform"} if mode in DESCENTS else {}
+    )
+    optimizer = DeltaSAM(parameters, torch.optim.SGD, 0.05, perturbation=perturbation, lr=0.1, momentum=0.9, **named)
     workers = Workers(dist.group.WORLD) if mode == "sync" else NO_SYNC
     seen = hashlib.sha256()
     if mode == "sync":

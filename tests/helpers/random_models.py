@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deltasam_plugin.instance import planning
+from deltasam_plugin.instance import engine, planning
 from deltasam_plugin.instance.layers.base import Form
 from tests.helpers.random_blocks import BLOCKS, Block, Pool
 from tests.helpers.random_rows import CLASSES, FEATURES, VOCABULARY, Batch, Draw
@@ -170,6 +170,16 @@ def forms_of_gradients(seed: int) -> Iterator[None]:
         planning.cheapest_form = cheapest
 
 
+@contextmanager
+def first_batches_compared(number: int) -> Iterator[None]:
+    """So many first batches are compared with gradients; later the powers of two."""
+    always, engine.ALWAYS_CHECKED = engine.ALWAYS_CHECKED, number
+    try:
+        yield
+    finally:
+        engine.ALWAYS_CHECKED = always
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a seed decides: the parts of a model, and how its rows make samples."""
@@ -182,6 +192,7 @@ class Plan:
     factors: str
     group: int
     adaptive: bool
+    checked: int
 
     @classmethod
     def drawn(cls, seed: int) -> Plan:
@@ -199,6 +210,7 @@ class Plan:
             draw.choice(["one"] * 4 + ["some zero", "zero at first", "small", "large"]),
             draw.choice([1, 1, 1, 2, 3, 9]),
             draw.random() < 0.25,
+            draw.choice([engine.ALWAYS_CHECKED, 0]),
         )
 
     def batches(self) -> list[Batch]:
@@ -240,6 +252,7 @@ class Plan:
         model = Model(self)
         lines = [f"seed {self.seed}: width {self.width}, rho {self.rho}, {self.grouping}, factors {self.factors}"]
         lines += [f"  {self.group} samples a perturbation{', adaptive' if self.adaptive else ''}"]
+        lines += [f"  compared: the first {self.checked} batches and 1, 2, 4"]
         lines += [f"  frozen: {model.frozen}{'' if model.training else '; eval()'}"]
         for part in model.parts:
             assert isinstance(part, Source | Head | Block)
@@ -255,7 +268,7 @@ class Plan:
         for batch in self.batches():
             if batch.step == 2:
                 model.thaw()
-            with forms_of_gradients(self.seed):
+            with forms_of_gradients(self.seed), first_batches_compared(self.checked):
                 verdicts.append(comparison.step(lambda: model(batch), seed=batch.step))  # noqa: B023
             if verdicts[-1].kind not in ("exact", "warned"):
                 break

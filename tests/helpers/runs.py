@@ -27,12 +27,6 @@ SENTENCES += ["--encoder-embed-dim", 32, "--encoder-ffn-embed-dim", 64, "--encod
 SENTENCES += ["--max-positions", 32, "--init-token", 0, "--separator-token", 2, "--dropout", 0.2]
 ADAM: list[object] = ["--adam-betas", "(0.9, 0.98)", "--clip-norm", 1.0]
 HALF: list[object] = ["--fp16", "--fp16-no-flatten-grads", "--fp16-init-scale", 4]
-PRECISIONS: dict[str, list[object]] = {
-    "fp16": HALF,
-    "fp16 flattened": ["--fp16", "--fp16-init-scale", 4],
-    "memory-efficient-fp16": ["--memory-efficient-fp16", "--fp16-init-scale", 4],
-    "amp": ["--amp", "--fp16-init-scale", 4],
-}
 INSTANCE: list[object] = ["--sam-perturbation", "instance"]
 SMOOTHED = "label_smoothed_cross_entropy"
 

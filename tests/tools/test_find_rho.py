@@ -13,7 +13,7 @@ import torch
 
 from deltasam_plugin import find_rho
 from deltasam_plugin.tools.range_test import RELATIVE_SHARPNESS, Point, radius_at, suggestion
-from tests.helpers.runs import INSTANCE, TRANSLATION, USER_DIR, base, delta, distance, fairseq_train, scalars
+from tests.helpers.runs import HALF, INSTANCE, TRANSLATION, USER_DIR, base, delta, distance, fairseq_train, scalars
 from tests.tools.test_sharpness import LSTM, rows
 
 SHARED: list[object] = ["--cpu", "--seed", 3, "--lr", 0.01, "--batch-size", 16, "--num-workers", 0]
@@ -74,6 +74,17 @@ def test_base_command_and_sharpness_aware_command(translation_data: Path, capsys
     assert first.splitlines()[-1].endswith("This is a suggestion, not a promise.")
 
 
+@pytest.mark.usefixtures("cuda_is_cpu")
+@pytest.mark.parametrize("precision", [HALF, ["--amp"]], ids=["fp16", "amp"])
+def test_half_precision(translation_data: Path, capsys: pytest.CaptureFixture[str], precision: list[object]) -> None:
+    """The table is that of single precision, up to rounding."""
+    find_rho.main(arguments(translation_data, *TRANSLATION, *base()))
+    expected = cells(capsys.readouterr().out)
+    find_rho.main(arguments(translation_data, *TRANSLATION, *base(), *precision))
+    for row, single in zip(cells(capsys.readouterr().out), expected, strict=True):
+        assert row == pytest.approx(single, rel=0.2, abs=0.01)
+
+
 def test_gradient_change(translation_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With batches of one sentence both modes are SAM."""
     find_rho.main(arguments(translation_data, *TRANSLATION, *base(), "--batch-size", 1, "--sam-weighting", "uniform"))
@@ -105,7 +116,7 @@ def test_nothing_is_touched(translation_data: Path, tmp_path: Path, capsys: pyte
 
 def test_a_crash_writes_nothing(translation_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """fairseq's trainer saves crash.pt when gradients are not finite."""
-    options = [*TRANSLATION, *base(optimizer="sgd"), "--lr", 1e38, "--save-dir", tmp_path / "run"]
+    options = [*TRANSLATION, *base(optimizer="sgd"), "--lr", 1e38, "--save-dir", tmp_path]
     with pytest.raises(SystemExit) as error:
         find_rho.main(arguments(translation_data, *options))
     assert error.value.code == 2

@@ -1,0 +1,60 @@
+"""Find rows that a sample's loss depends on by a factor that is zero now, and may not be zero later.
+
+A backward pass starts with NaN at some samples' losses and with 0 at the others'. Zero times NaN is NaN. It therefore
+arrives wherever operations lead, whatever their factors are. A contrastive term whose factor grows from zero is seen
+in the first batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from deltasam_plugin.instance.coverage import Coverage
+from deltasam_plugin.instance.layout import Grouping
+from deltasam_plugin.instance.recording import RecordedCall
+
+
+def marked(batch: int, number: int, device: torch.device) -> Tensor:
+    """Which samples have NaN, (B,) bool: about half, so that a few batches tell every sample from every other.
+
+    Args:
+        batch: B.
+        number: of the batch, in a run.
+        device: of the losses.
+    """
+    digit = number // 2 % max(1, (batch - 1).bit_length())
+    return ((torch.arange(batch, device=device) >> digit) + number) % 2 == 0
+
+
+def entangled(
+    calls: Sequence[RecordedCall],
+    groupings: Sequence[Grouping | None],
+    gradients: Sequence[Tensor | None],
+    nan: Sequence[Tensor | None],
+    marks: Tensor,
+    coverage: Coverage,
+) -> bool:
+    """Whether NaN has arrived at rows of samples that have none.
+
+    Args:
+        calls: of the pass.
+        groupings: of their rows.
+        gradients: output gradient of each call.
+        nan: the same from losses times NaN or 0.
+        marks: the samples with NaN, (B,) bool.
+        coverage: of the parameters. Where none is perturbed, samples may share rows.
+    """
+    marks = marks.cpu()
+    for call, grouping, gradient, found in zip(calls, groupings, gradients, nan):
+        if grouping is None or gradient is None or found is None or not found.numel():
+            continue
+        if not any(coverage.covers(part) for part in call.parts):
+            continue
+        count = grouping.owners().numel()
+        arrived = found.isnan().reshape(count, -1).any(1) & gradient.isfinite().reshape(count, -1).all(1)
+        if bool((arrived.cpu() & ~marks[grouping.owners().flatten()]).any()):
+            return True
+    return False

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,23 +174,28 @@ def keep(row: Row) -> None:
 
 
 def work(number: int, pause_file: Path | None) -> None:
-    """Run slices until none is left, so many at a time, each in a process of its own."""
-    running: set[Slice] = set()
+    """Run slices until none is left, so many at a time, each in a process of its own.
+
+    Raises:
+        SystemExit: a slice has failed. The others that run then are finished before.
+    """
+    running: dict[Slice, Future[None]] = {}
 
     def one(chosen: Slice) -> None:
         subprocess.run([sys.executable, "-m", "benchmarks.accuracy", "--slice", json.dumps(chosen)], check=True)
-        running.discard(chosen)
 
     with ThreadPoolExecutor(number) as pool:
         while True:
+            for ended in [chosen for chosen, future in running.items() if future.done()]:
+                if running.pop(ended).exception():
+                    sys.exit(f"{ended} failed, see above. Run it again when this is fixed: it goes on where it was.")
             done = rows()
             left = [s for s in wanted(done) if s not in {Slice(*row[:4]) for row in done} and s not in running]
             if not left and not running:
                 return
             if left and len(running) < number and not (pause_file and pause_file.exists()):
-                running.add(left[0])
                 print(f"{time.strftime('%H:%M')} starts {left[0]}", flush=True)
-                pool.submit(one, left[0])
+                running[left[0]] = pool.submit(one, left[0])
             time.sleep(1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +116,34 @@ def test_the_figure_shows_what_was_not_for_tuning(monkeypatch: pytest.MonkeyPatc
     assert figure.read_bytes() == before  # one run alone has no interval
     accuracy.keep(row("adam", 4, None, 60))
     assert figure.read_bytes() != before
+
+
+def test_the_study_stops_when_a_slice_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
+    monkeypatch.setattr(accuracy, "wanted", lambda done: [("no", "slice")])
+    with pytest.raises(SystemExit, match=r"'no', 'slice'.* failed"):
+        accuracy.work(1, None)
+
+
+def test_no_slice_starts_while_the_pause_file_exists(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
+    monkeypatch.setattr(accuracy, "wanted", lambda done: [("no", "slice")])
+    pause, sleep, printed = tmp_path / "pause", time.sleep, []
+    pause.touch()
+
+    def counted(seconds: float) -> None:
+        printed.append(capsys.readouterr().out)
+        if len(printed) == 3:
+            pause.unlink()
+        sleep(0.1)
+
+    monkeypatch.setattr(time, "sleep", counted)
+    with pytest.raises(SystemExit):
+        accuracy.work(1, pause)
+    assert printed[:3] == ["", "", ""]
+    assert "starts ('no', 'slice')" in printed[3]
 
 
 @pytest.mark.parametrize("method", ["adam", "sam_on"])

@@ -32,6 +32,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks.study import Method, Row, append, best_value, tables
 from benchmarks.study_figure import draw
 from examples.common.experiment import ENVIRONMENT, program
@@ -54,6 +56,7 @@ METHODS = {  # most important first
     "delta_sam": Method(f"{DELTA_SAM} --sam-rho {{}}", (0.05, 0.1, 0.2)),
     "adam, twice the updates": Method(ADAM, (), length=2),
     "adam, more dropout": Method(f"{ADAM} --dropout {{}}", (0.4, 0.5, 0.6)),
+    "adam, moving average": Method(f"{ADAM} --store-ema --ema-decay {{}}", (0.98, 0.99, 0.995)),
     "momentum_sam": Method(f"{DELTA_SAM} --sam-ascent momentum --sam-rho {{}}", (0.1, 0.3, 1.0)),
     "delta_sam, kl": Method(f"{DELTA_SAM} --sam-weighting kl --sam-rho {{}}", (0.05, 0.1, 0.2)),
     "instance, loss budget": Method(f"{INSTANCE} --sam-rho 0.1 --sam-loss-budget {{}}", (0.03, 0.1, 0.3)),
@@ -133,7 +136,7 @@ def wanted(done: list[Row]) -> Iterator[Slice]:
 
 
 def run(chosen: Slice) -> Row:
-    """Train, and measure the last and the best checkpoint without dropout."""
+    """Train, and measure the last and the best checkpoint without dropout; of a moving average, the average."""
     from examples.sentiment.evaluate import accuracy_and_loss, load
 
     make_data(chosen.noise)
@@ -152,6 +155,9 @@ def run(chosen: Slice) -> Row:
         measured = []
         for checkpoint in ("checkpoint_last.pt", "checkpoint_best.pt"):
             model, task = load(folder / checkpoint, data(chosen.noise))
+            averaged = torch.load(folder / checkpoint)["extra_state"].get("ema")
+            if averaged is not None:  # --store-ema
+                model.load_state_dict(averaged)
             for split in ("valid", "test"):
                 task.load_dataset(split)
             valid, _ = accuracy_and_loss(model, task.dataset("valid"))

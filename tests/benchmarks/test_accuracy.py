@@ -146,20 +146,31 @@ def test_no_slice_starts_while_the_pause_file_exists(
     assert "starts ('no', 'slice')" in printed[3]
 
 
-@pytest.mark.parametrize("method", ["adam", "sam_on"])
-def test_a_slice_trains_and_measures(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str, Path], method: str
-) -> None:
-    toy = tmp_path / "toy"
-    shutil.copytree(sentence_data["class"], toy)
-    for file in toy.glob("*/valid.*"):
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str, Path]) -> Path:
+    """The study on toy data, two updates a run."""
+    folder = tmp_path / "toy"
+    shutil.copytree(sentence_data["class"], folder)
+    for file in folder.glob("*/valid.*"):
         shutil.copy(file, file.with_name(file.name.replace("valid", "test")))
-    monkeypatch.setattr(accuracy, "data", lambda noise: toy)
+    monkeypatch.setattr(accuracy, "data", lambda noise: folder)
     monkeypatch.setattr(accuracy, "UPDATES", 2)
+    return folder
+
+
+@pytest.mark.parametrize("method", ["adam", "sam_on"])
+def test_a_slice_trains_and_measures(toy: Path, method: str) -> None:
     value = METHODS[method].values[0] if METHODS[method].values else None
     found = accuracy.run(Slice(0.3, method, value, 2))
     assert (found.method, found.phase, found.updates) == (method, "final", 2)
     assert 0 <= found.test_last <= 100
     assert found.cpu_seconds > 0
     assert (found.relative_sharpness is not None) == (method == "sam_on")
-    assert list(tmp_path.iterdir()) == [toy]  # nothing is left behind
+    assert list(toy.parent.iterdir()) == [toy]  # nothing is left behind
+
+
+def test_of_a_moving_average_the_average_is_measured(toy: Path) -> None:
+    one, other, none = (accuracy.run(Slice(0.3, *chosen, 2)).test_loss_last for chosen in
+                        (("adam", None), ("adam, moving average", 0.5), ("adam, moving average", 0.0)))  # fmt: skip
+    assert other != one
+    assert none == pytest.approx(one, rel=1e-6)  # it forgets all but the last parameters

@@ -25,14 +25,15 @@ import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 import numpy
 import torch
-from scipy import optimize
+from scipy import optimize, stats
 from torch import Tensor
 
-from benchmarks.study import append, interval
+from benchmarks.study import ALPHA, append, holm, interval
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
 from deltasam_plugin.batch.probing import probe
 from deltasam_plugin.batch.weighting import WEIGHTINGS, sample_weights, uniform_weights
@@ -213,12 +214,21 @@ def keep(found: Sequence[Row]) -> None:
 
 
 def report(found: Sequence[Row]) -> str:
-    """Means and 95 % intervals over batches: of the errors, of how much they exceed SAM's, and of the cosines."""
+    """Means and 95 % intervals over batches: of the errors, of how much they exceed SAM's, and of the cosines.
+
+    The last table counts the cases in which a method is nearer or farther than uniform weights.
+    """
+    names = list(dict.fromkeys(row.checkpoint for row in found))
+    found = sorted(found, key=lambda row: (names.index(row.checkpoint), row.batch_size, row.rho, row.batch))
     values = {row[:5]: row for row in found}
     methods = list(dict.fromkeys(row.method for row in sorted(found, key=_rank)))
+
+    def beyond(row: Row) -> float:
+        return row.error - values[(*row[:4], "uniform")].error
+
     measures: dict[str, Callable[[Row], float]] = {
         "Error": lambda row: row.error,
-        "Error less that of uniform on the same batch": lambda row: row.error - values[(*row[:4], "uniform")].error,
+        "Error less that of uniform on the same batch": beyond,
         "Cosine": lambda row: row.cosine,
     }
     parts = []
@@ -229,7 +239,32 @@ def report(found: Sequence[Row]) -> str:
             cells = ["{:.2f} ± {:.2f}".format(*interval(own[name])) if len(own[name]) > 1 else "" for name in methods]
             lines.append((case[0], str(case[1]), f"{case[2]:g}", str(len(own["uniform"])), *cells))
         parts.append(f"{title}:\n\n{table(lines)}")
-    return "\n\n".join(parts)
+    excess = {case: [beyond(row) for row in rows] for case, rows in _by_case(found).items()}
+    return "\n\n".join([*parts, f"Nearer or farther than uniform, paired t-tests over batches:\n\n{_counts(excess)}"])
+
+
+def _by_case(found: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows of each method in each case; uniform, with which they are compared, is left out."""
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for row in found:
+        if row.method != "uniform":
+            cases.setdefault((row.method, *row[:3]), []).append(row)
+    return {case: rows for case, rows in cases.items() if len(rows) > 1}
+
+
+def _counts(excess: dict[tuple[Any, ...], list[float]]) -> str:
+    p_values = [float(stats.ttest_1samp(values, 0).pvalue) for values in excess.values()]
+    lines = [("method", "cases", "nearer on average", "nearer, p < 0.05", "farther, p < 0.05",
+              "nearer, corrected", "farther, corrected")]  # fmt: skip
+    tests = list(zip(excess, (mean(values) for values in excess.values()), p_values, holm(p_values)))
+    for method in dict.fromkeys(case[0] for case in excess):
+        own = [(centre, p, corrected) for case, centre, p, corrected in tests if case[0] == method]
+        counts = [len(own), sum(centre < 0 for centre, _, _ in own)]
+        for column in (1, 2):
+            significant = [test[0] for test in own if test[column] < ALPHA]
+            counts += [sum(centre < 0 for centre in significant), sum(centre > 0 for centre in significant)]
+        lines.append((method, *map(str, counts)))
+    return table(lines)
 
 
 def _rank(row: Row) -> tuple[int, int]:

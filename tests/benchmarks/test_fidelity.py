@@ -99,11 +99,12 @@ def test_groups_come_nearer_the_smaller_they_are_and_nothing_beats_the_best_weig
 
 def test_a_report_shows_means_and_intervals() -> None:
     rows = [Row("end", 16, 0.05, i, "uniform", 0.8 + 0.1 * i, 0.5) for i in range(3)]
-    rows += [Row("end", 16, 0.05, i, "kl", 1.0 + 0.1 * i, 0.4) for i in range(3)]
-    errors, differences, cosines = re.split(r"^.*:$", report(rows), flags=re.MULTILINE)[1:]
-    assert "| 0.90 ± 0.25 | 1.10 ± 0.25 |" in errors  # 4.303 · 0.1 / √3
-    assert "| 0.00 ± 0.00 | 0.20 ± 0.00 |" in differences
+    rows += [Row("end", 16, 0.05, i, "kl", 1.0 + 0.11 * i, 0.4) for i in range(3)]
+    errors, differences, cosines, counts = re.split(r"^.*:$", report(rows), flags=re.MULTILINE)[1:]
+    assert "| 0.90 ± 0.25 | 1.11 ± 0.27 |" in errors  # 4.303 · 0.1 / √3
+    assert "| 0.00 ± 0.00 | 0.21 ± 0.02 |" in differences
     assert "| 0.50 ± 0.00 | 0.40 ± 0.00 |" in cosines
+    assert re.search(r"kl +\| 1 +\| 0 +\| 0 +\| 1 +\| 0 +\| 1 ", counts)
 
 
 def test_a_study_goes_on_where_it_was(

@@ -21,7 +21,7 @@ parameters, optimizer state and the most that one update allocates beside them.
 
 Further choices, each by one option more than SAM or instance have (--methods choices; one case, one line for each):
 
-  ASAM, SAM-ON, budget, Momentum-SAM, noise, WSAM, GSAM
+  RW-SAM, ASAM, SAM-ON, budget, Momentum-SAM, noise, WSAM, GSAM
   instance, adaptive; instance, SAM-ON; instance, budget; instance, group 4
 
 The table is kept in benchmarks/README.md; `python benchmarks/figures.py` draws the figures from it.
@@ -61,6 +61,7 @@ METHODS = ADAM, SAM, PEER, CURVATURE, KL, INSTANCE, LOOP = (
 )  # fmt: skip
 NORMS = "layer_norm"  # SAM-ON perturbs normalization layers only
 CHOICES: dict[str, dict[str, Any]] = {
+    "RW-SAM": {"weighting": "gradient_norm"},
     "ASAM": {"weighting": "uniform", "adaptive": True},
     "SAM-ON": {"weighting": "uniform", "parameters": NORMS},
     "budget": {"weighting": "uniform", "loss_budget": 0.1},

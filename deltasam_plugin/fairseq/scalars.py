@@ -26,15 +26,14 @@ SUMS = tuple(item.name for item in fields(Statistics) if item.name not in (*MEAN
 
 # What README and reports say of them.
 MEANINGS = {
-    "loss": "as ever: the loss at w, not at the perturbed point. With `--sam-ascent momentum` at the perturbed point",
+    "loss": "unchanged: the loss at w, not at the perturbed point. With `--sam-ascent momentum` at the perturbed point",
     "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2. Not with `momentum`",
     "sam_rho": "the radius, if it varies from update to update",
     "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Not with `uniform`",
     "sam_weight_max": "B · max v: 1 when the weights are uniform. Not with `uniform`",
-    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. ρ Σ‖gᵢ‖ is the sharpness to first order. "
-    "With `noise` and `momentum` the norm of that",
+    "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. With `noise` and `momentum` the norm of that",
     "sam_ascent_gnorm_std": "standard deviation of the ‖gᵢ‖. In instance mode only",
-    "sam_eps_norm": "how far the parameters really moved. It is ρ in single precision. In half precision rounding "
+    "sam_eps_norm": "how far the parameters actually moved. It is ρ in single precision. In half precision rounding "
     "changes it",
     "sam_skipped": "micro-batches without a perturbation, because their gradient was zero or not finite",
     "sam_probes_failed": "probes that gave a non-finite loss although the loss at w is finite. Not with `uniform`",

@@ -254,7 +254,7 @@ def _by_case(found: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
 
 def _counts(excess: dict[tuple[Any, ...], list[float]]) -> str:
     p_values = [float(stats.ttest_1samp(values, 0).pvalue) for values in excess.values()]
-    lines = [("method", "cases", "nearer on average", "nearer, p < 0.05", "farther, p < 0.05",
+    lines = [("weights or groups", "cases", "nearer on average", "nearer, p < 0.05", "farther, p < 0.05",
               "nearer, corrected", "farther, corrected")]  # fmt: skip
     tests = list(zip(excess, (mean(values) for values in excess.values()), p_values, holm(p_values)))
     for method in dict.fromkeys(case[0] for case in excess):

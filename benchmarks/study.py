@@ -114,7 +114,7 @@ def tables(rows: Sequence[Row]) -> str:
 def _table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.method for row in rows))
     names = [name for name in names if sum(row.method == name for row in rows) > 1]
-    lines = [("method", "its parameter", "seeds", "test acc %, last epoch", "test acc %, best epoch", "test loss",
+    lines = [("training", "its parameter", "seeds", "test acc %, last epoch", "test acc %, best epoch", "test loss",
               "− adam", "− sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
     compared = {other: [name for name in names if name != other and _paired(rows, name, other)]
                 for other in ("adam", "sam")}  # fmt: skip

@@ -91,7 +91,7 @@ def test_same_weights_as_on_the_cpu(
 
 STEADY = [("translation", mode, "fp32") for mode in MODES]
 STEADY += [("translation", "curvature", "amp"), ("sentence_prediction", "instance", "fp16")]
-STEADY += [("masked_lm", "curvature", "fp32"), ("masked_lm", "instance", "fp32")]
+STEADY += [("masked_lm", "curvature", "fp32"), ("masked_lm", "instance", "fp32"), ("masked_lm", "instance", "fp16")]
 
 
 @pytest.mark.parametrize(("task", "mode", "precision"), STEADY)

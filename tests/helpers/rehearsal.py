@@ -171,6 +171,7 @@ class Rehearsal(TorchDispatchMode):
         super().__init__()
         self.waits: list[Wait] = []
         self.since_wait = 0  # launches
+        self.waited = 0  # how often, never cleared
         self.launches: Counter[str] = Counter()
         self._random = torch.Generator().manual_seed(seed).get_state()
 
@@ -359,6 +360,7 @@ class Rehearsal(TorchDispatchMode):
             elif package is not None:
                 owner, place = package, f"{file.split(f'/{package}/', 1)[1]}:{line} {name}"
         self.since_wait = 0
+        self.waited += 1
         self.waits.append(Wait(kind, owner, place, in_pass))
 
     @contextlib.contextmanager
@@ -377,16 +379,18 @@ class Rehearsal(TorchDispatchMode):
 
 
 class Event:
-    """A mark in the stream. To wait for it is to wait for the device, unless the device stands close before it.
+    """A mark in the stream. To wait for it is to wait for the device, unless the device is past it or close before it.
 
-    It does where the host has waited shortly before the mark was made: there was little for the device to do since.
+    It is past it where the host has waited since. It is close before it where the host has waited shortly before the
+    mark was made: there was little for the device to do since.
     """
 
     def __init__(self, rehearsal: Rehearsal) -> None:
-        self._rehearsal, self._close = rehearsal, rehearsal.since_wait <= CLOSE
+        self._rehearsal, self._waited = rehearsal, rehearsal.waited
+        self._close = rehearsal.since_wait <= CLOSE
 
     def synchronize(self) -> None:
-        if not self._close:
+        if not self._close and self._rehearsal.waited == self._waited:
             self._rehearsal.wait("event")
 
 

@@ -116,7 +116,8 @@ def test_first_differences_of_affine_losses_are_products_of_slope_and_displaceme
     for number in range(probes):
         z = direction_of(parameters, seed + number, FIRST)[0]
         expected = scale * parameter.detach().norm() / math.sqrt(3) * (slopes @ z)
-        assert ((differences[number] - expected).abs() <= 1e4 * rounding[number] + 1e-12 * scale).all()
+        slack = 1e4 * rounding[number] + 1e-12 * scale + 1e-13  # the terms of a loss of zero are rounded, too
+        assert ((differences[number] - expected).abs() <= slack).all()
 
 
 # --- the direction

@@ -40,11 +40,7 @@ SCALARS = {f"sam_{item.name}" for item in fields(Statistics)} - {"sam_ascent_gno
 QUICK: list[object] = ["--disable-validation", "--update-freq", 2, "--batch-size", 8]
 
 
-@pytest.fixture(autouse=True)
-def _reproducible_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fairseq's audio models draw their masks from generators without a seed: not even base runs can be repeated."""
-    fresh = np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed=None: fresh(7 if seed is None else seed))
+pytestmark = pytest.mark.usefixtures("reproducible_masks")
 
 
 @pytest.fixture

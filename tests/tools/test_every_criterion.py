@@ -16,6 +16,7 @@ ONE_BY_ONE = {"adaptive_loss lstm", "regularized", "wav2vec 2.0", "wav2vec", "wa
 UNCOMPUTED = {"ctc": "Cannot compute ctc without dropout: No module named 'editdistance'"}  # as fairseq's validation
 
 
+@pytest.mark.usefixtures("reproducible_masks")
 @pytest.mark.parametrize("name", RECIPES)
 def test_sharpness(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -23,6 +23,7 @@ REPORT = [*TENSORBOARD, "matplotlib>=3.8", "jinja2>=3"]
 TEST = [
     *EXAMPLES,
     *REPORT,
+    "scipy>=1.10",
     "soundfile>=0.12",
     "transformers>=4.40,<5",
     "pytest>=8",
@@ -32,7 +33,7 @@ TEST = [
     "mypy>=1.11",
 ]
 
-BENCHMARKS = ["pytorch_optimizer>=3", *REPORT]
+BENCHMARKS = ["pytorch_optimizer>=3", "scipy>=1.10", *REPORT]
 
 setup(
     name="deltasam-plugin",

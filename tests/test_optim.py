@@ -22,13 +22,13 @@ from torch.utils.checkpoint import checkpoint
 
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.batch.displacement import global_norm
-from deltasam_plugin.batch.weighting import WEIGHTINGS as REGISTRY
+from tests.helpers.registries import BUILT_IN_WEIGHTINGS
 
 SGD = torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 ADAM = torch.optim.Adam, {"lr": 0.01}
 bases = pytest.mark.parametrize("base", [SGD, ADAM], ids=["sgd", "adam"])
 STEPS = 24
-WEIGHTINGS = [name for name, own in REGISTRY.items() if own.weigh.__module__.startswith("deltasam_plugin.")]
+WEIGHTINGS = list(BUILT_IN_WEIGHTINGS)
 
 
 class Net(nn.Module):

@@ -23,14 +23,14 @@ from benchmarks import fidelity
 from deltasam_plugin import find_rho, report, sharpness
 from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.measures import MEASURES
-from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.fairseq.config import DeltaSAMCriterionConfig, DeltaSAMOptimizerConfig
-from deltasam_plugin.fairseq.criterions.registry import LOGITS, PER_SAMPLE_LOSSES
+from deltasam_plugin.fairseq.criterions.registry import LOGITS
 from deltasam_plugin.fairseq.scalars import MEANINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import DEFAULT_RHO
 from examples.sentiment.recipe import OPTIMIZERS
 from examples.sentiment.run import TITLES
+from tests.helpers.registries import BUILT_IN_LOSSES, BUILT_IN_WEIGHTINGS
 from tests.helpers.runs import SENTENCES as ROBERTA_RUN
 from tests.helpers.runs import SMOOTHED, fairseq_train
 from tests.recipes.recipes import ALL, TRAINS
@@ -233,8 +233,7 @@ def test_own_weighting(translation_data: Path, tmp_path: Path) -> None:
 
 def test_weightings_and_their_passes() -> None:
     listed = {row["weighting"].strip("`"): row["passes"] for row in rows(README, "weighting")}
-    ours = {name: own for name, own in WEIGHTINGS.items() if own.weigh.__module__.startswith("deltasam_plugin.")}
-    passes = {name: 0 if own.measure is None else len(own.measure.sides) for name, own in ours.items()}
+    passes = {name: 0 if own.measure is None else len(own.measure.sides) for name, own in BUILT_IN_WEIGHTINGS.items()}
     assert listed == {name: {0: "0", 1: "K", 2: "2K"}[count] for name, count in passes.items()}
 
 
@@ -303,8 +302,7 @@ def test_criterions() -> None:
     assert listed is not None
     base = "label_smoothed_cross_entropy"
     names = {base + n if n.startswith("_") else n for n in re.findall(r"`(\w+)`", listed[1])}
-    own = {name for name, losses in PER_SAMPLE_LOSSES.items() if losses.__module__.startswith("deltasam_plugin.")}
-    assert names == own
+    assert names == BUILT_IN_LOSSES.keys()
 
 
 def test_recipes() -> None:
@@ -362,7 +360,7 @@ def test_fidelity_is_that_of_the_file_of_measurements() -> None:
     farther = cases - int(found["curvature"]["nearer on average"])
     assert f"`curvature`, is a little farther on average in {farther} of them" in results
     assert f"comes nearer in all {found['groups of 2']['nearer on average']}" in results
-    assert all(found[name]["nearer, corrected"] == "0" for name in WEIGHTINGS if name != "uniform")
+    assert all(found[name]["nearer, corrected"] == "0" for name in BUILT_IN_WEIGHTINGS if name != "uniform")
 
 
 def test_costs_of_methods_are_those_of_the_table_of_choices() -> None:

@@ -33,6 +33,7 @@ from deltasam_plugin.fairseq.criterions.registry import (
 from deltasam_plugin.fairseq.criterions.tokens import positions
 from deltasam_plugin.loss import Logits
 from tests.helpers.corpora import CORPORA, RECIPES, W2V, Recipe, corpus
+from tests.helpers.registries import BUILT_IN_LOSSES
 from tests.helpers.runs import SMOOTHED, TRANSLATION, base
 
 ORACLES: dict[str, Recipe] = {
@@ -348,7 +349,7 @@ def test_losses_that_cannot_be_split_into_samples_are_refused(case: str) -> None
 def test_every_criterion_has_per_sample_losses_or_a_reason() -> None:
     registry = REGISTRIES["criterion"]["registry"]
     registered = {name for name, criterion in registry.items() if criterion.__module__.startswith("fairseq.")}
-    ours = {name for name, losses in PER_SAMPLE_LOSSES.items() if losses.__module__.startswith("deltasam_plugin.")}
+    ours = BUILT_IN_LOSSES.keys()
     assert registered <= ours | REFUSED.keys()
     assert not ours & REFUSED.keys()
     if "label_smoothed_cross_entropy_with_rdrop" in registered:  # fairseq 0.12.2 has fewer

@@ -13,6 +13,7 @@ static, instance, static-instance   DeltaSAM where the wrapper has a static grap
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import sys
 
@@ -48,9 +49,8 @@ def values(parameters: list[nn.Parameter]) -> bytes:
     return b"".join(parameter.detach().numpy().tobytes() for parameter in parameters)
 
 
-def main(rank: int, address: str, mode: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def train(rank: int, mode: str) -> str:
+    """The digest; when it returns, nothing holds the process group any more."""
     torch.manual_seed(0)
     model = Net()
     static = mode.startswith("static")
@@ -97,7 +97,14 @@ def main(rank: int, address: str, mode: str) -> None:
                     loss.backward()
         base.step()
     seen.update(values(parameters))
-    print(seen.hexdigest(), float(sum(parameter.detach().abs().sum() for parameter in parameters)))
+    return f"{seen.hexdigest()} {float(sum(parameter.detach().abs().sum() for parameter in parameters))}"
+
+
+def main(rank: int, address: str, mode: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    print(train(rank, mode), flush=True)
+    gc.collect()  # threads of a process group that something still holds outlive it, and abort at the interpreter's end
     dist.destroy_process_group()
 
 

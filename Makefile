@@ -2,6 +2,7 @@
 # make example   examples/sentiment: Adam, SAM, δ-SAM and instance mode on real sentences, ends with a table
 # make example-translation   examples/translation: the same for translation from German, ends with BLEU; SOURCE_FILE=<file>
 #                TARGET_FILE=<file> uses two parallel files of your own instead of Debian's packages
+# make example-finetune   examples/finetune: the four of `make example` for a pretrained model, fine-tuned on 500 sentences
 # make test      the test suite
 # make test-all  the test suite with its slow tests
 # make test-compat   the test suite on the oldest and the newest Python, torch and fairseq that are supported, for those
@@ -21,7 +22,7 @@ PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off
 # A test takes between a millisecond and minutes: a process that is done takes over tests that wait for another.
 PYTEST := -m pytest -q -n $(PROCESSES) --maxprocesses 8 --dist worksteal tests
 
-.PHONY: install example example-translation test test-all test-compat compat-3.10 compat-3.12 lint clean
+.PHONY: install example example-finetune example-translation test test-all test-compat compat-3.10 compat-3.12 lint clean
 .DELETE_ON_ERROR:
 
 install: $(INSTALLED)
@@ -33,6 +34,9 @@ $(INSTALLED): setup.py constraints.txt
 
 example: $(INSTALLED)
 	$(BIN)/python -m examples.sentiment.run
+
+example-finetune: $(INSTALLED)
+	$(BIN)/python -m examples.finetune.run
 
 example-translation: $(INSTALLED)
 	$(BIN)/python -m examples.translation.run $(if $(SOURCE_FILE),--source '$(SOURCE_FILE)') $(if $(TARGET_FILE),--target '$(TARGET_FILE)')

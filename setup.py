@@ -16,7 +16,7 @@ FAIRSEQ = [
 
 TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes through torch.utils.tensorboard
 
-EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3"]
+EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3", "tokenizers>=0.20", "safetensors>=0.4.3"]
 
 REPORT = [*TENSORBOARD, "matplotlib>=3.8", "jinja2>=3"]
 

@@ -28,8 +28,7 @@ from deltasam_plugin.fairseq.criterions.registry import LOGITS
 from deltasam_plugin.fairseq.scalars import MEANINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import DEFAULT_RHO
-from examples.sentiment.recipe import OPTIMIZERS
-from examples.sentiment.run import TITLES
+from examples.common.classification import OPTIMIZERS, TITLES
 from tests.helpers.registries import BUILT_IN_LOSSES, BUILT_IN_WEIGHTINGS
 from tests.helpers.runs import SENTENCES as ROBERTA_RUN
 from tests.helpers.runs import SMOOTHED, fairseq_train

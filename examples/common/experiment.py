@@ -19,10 +19,12 @@ class Experiment:
         work: the folder for everything that the example makes.
         commands: for each run, by its name, the options of fairseq-train, except for the folders it writes to. The
             first run is the one that the others are compared with.
+        timing_rounds: how often each run takes its turn when seconds per update are measured.
     """
 
     work: Path
     commands: dict[str, list[str]]
+    timing_rounds: int = 12
 
     def folder(self, run: str) -> Path:
         """Return the folder of a run's checkpoints, events and output."""

@@ -17,7 +17,6 @@ from statistics import median
 
 from .experiment import ENVIRONMENT, Experiment
 
-ROUNDS = 12
 UPDATES = 5  # in one block
 
 Seconds = dict[str, list[float]]  # per update, one value a round, for each run
@@ -48,7 +47,7 @@ def alternate(experiment: Experiment) -> Seconds:
         context.Process(target=work, args=(options, theirs), daemon=True).start()
         theirs.close()
     seconds: Seconds = {run: [] for run in workers}
-    for turn in range(-1, ROUNDS):  # the first round warms up
+    for turn in range(-1, experiment.timing_rounds):  # the first round warms up
         for run, worker in workers.items():
             worker.send(UPDATES)
             taken = worker.recv()
@@ -56,7 +55,7 @@ def alternate(experiment: Experiment) -> Seconds:
                 seconds[run].append(taken / UPDATES)
         if turn >= 0:
             line = ", ".join(f"{run} {values[-1]:.3f}" for run, values in seconds.items())
-            print(f"timing    | round {turn + 1} / {ROUNDS}: seconds per update {line}", flush=True)
+            print(f"timing    | round {turn + 1} / {experiment.timing_rounds}: seconds per update {line}", flush=True)
     return seconds
 
 
@@ -97,9 +96,10 @@ def updates(options: list[str]) -> Iterator[None]:
     epoch = trainer.get_train_iterator(epoch=1, load_dataset=False)
     trainer.lr_step_update()
     with metrics.aggregate("train"):
-        for samples in iterators.GroupedIterator(epoch.next_epoch_itr(), 1):
-            trainer.train_step(samples)
-            yield
+        while True:  # one epoch may be shorter than the measurement
+            for samples in iterators.GroupedIterator(epoch.next_epoch_itr(), 1):
+                trainer.train_step(samples)
+                yield
 
 
 def ratios(seconds: Seconds, run: str) -> str:

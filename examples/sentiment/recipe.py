@@ -1,16 +1,14 @@
-"""The runs of the example: their paths, the options they share and the options in which they differ."""
+"""The runs of the example: their paths, and the options that they share."""
 
 from pathlib import Path
 
+from ..common.classification import OPTIMIZERS
 from ..common.experiment import Experiment
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
 WORK = HERE / "work"
 DATA = WORK / "data-bin"
-
-RHO = 0.05  # the plugin's default, not tuned; the sharpness of the final models is measured at this radius
-INSTANCE_RHO = 0.01  # about RHO / √32, 32 being the batch size; not tuned
 
 SHARED = f"""
     --user-dir {PLUGIN} --cpu --seed 1 --num-workers 0
@@ -22,14 +20,5 @@ SHARED = f"""
     --lr 5e-4 --lr-scheduler polynomial_decay --warmup-updates 100 --total-num-update 1060 --max-update 1060
     --no-epoch-checkpoints --log-format simple --log-interval 20
 """
-
-DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion sentence_prediction"
-
-OPTIMIZERS = {
-    "adam": "--optimizer adam --criterion sentence_prediction",
-    "sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting uniform",
-    "delta_sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting curvature",
-    "instance": f"{DELTA_SAM} --sam-rho {INSTANCE_RHO} --sam-perturbation instance",
-}
 
 EXPERIMENT = Experiment(WORK, {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()})

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ..common.experiment import program, shown, table
-from ..common.timing import ROUNDS, UPDATES, measure, ratios
+from ..common.timing import UPDATES, measure, ratios
 from ..common.training import train_all
 from . import prepare
 from .evaluate import BEAM, RESAMPLES, evaluate_all
@@ -33,7 +33,7 @@ def main() -> None:
         f"\n{text}\n\n"
         f"Final models, without dropout. Loss: cross-entropy per target token in base 2. BLEU: sacrebleu\n"
         f"({results['adam'].signature}), beam {BEAM}; ± is the 95 % interval over {RESAMPLES} resamples of the\n"
-        f"test part. Time: {ROUNDS} rounds of {UPDATES} updates each, taking turns.\n"
+        f"test part. Time: {EXPERIMENT.timing_rounds} rounds of {UPDATES} updates each, taking turns.\n"
         "One seed: small differences mean nothing.\n\n"
         f"Curves: {shown(program('tensorboard'))} --logdir {shown(WORK / 'runs')}",
         flush=True,

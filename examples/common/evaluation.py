@@ -1,4 +1,4 @@
-"""Measure all trained models in the same way, independently of the plugin's training code."""
+"""Measure all trained classifiers in the same way, independently of the plugin's training code."""
 
 import logging
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .recipe import DATA, EXPERIMENT, OPTIMIZERS, RHO
+from .experiment import Experiment
 
 BATCH = 64
-SHARPNESS_SENTENCES = 1024  # the first ones of the training part
+SHARPNESS_SENTENCES = 1024  # the first ones of the training part, or all if they are fewer
 
 
 @dataclass
@@ -27,28 +27,33 @@ class Result:
     sharpness: float
 
 
-def evaluate(run: str) -> Result:
-    """Return the measures of the last checkpoint of a run, without dropout."""
+def evaluate(experiment: Experiment, run: str, rho: float) -> Result:
+    """Return the measures of the last checkpoint of a run, without dropout.
+
+    Args:
+        rho: distance at which sharpness is measured.
+    """
     torch.set_num_threads(1)
-    model, task = load(EXPERIMENT.folder(run) / "checkpoint_last.pt")
+    data, *_ = experiment.commands[run]
+    model, task = load(experiment.folder(run) / "checkpoint_last.pt", Path(data))
     for split in ("train", "valid", "test"):
         task.load_dataset(split)
     valid_accuracy, _ = accuracy_and_loss(model, task.dataset("valid"))
     test_accuracy, test_loss = accuracy_and_loss(model, task.dataset("test"))
-    return Result(valid_accuracy, test_accuracy, test_loss, sharpness(model, task.dataset("train"), RHO))
+    return Result(valid_accuracy, test_accuracy, test_loss, sharpness(model, task.dataset("train"), rho))
 
 
-def load(checkpoint: Path, data: Path = DATA) -> tuple[Any, Any]:
+def load(checkpoint: Path, data: Path) -> tuple[Any, Any]:
     """Return the model and the task of a checkpoint."""
     for name in ("fairseq", "hydra"):  # their messages would bury the table
         logging.getLogger(name).setLevel(logging.WARNING)
-    from fairseq import checkpoint_utils
+    from fairseq import checkpoint_utils, utils
 
     import deltasam_plugin  # noqa: F401  (lets torch read fairseq's checkpoints)
 
-    models, _, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(checkpoint)], arg_overrides={"data": str(data)}
-    )
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint), {"data": str(data)})
+    utils.import_user_module(state["cfg"].common)  # the model may be one of the user-dir
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(checkpoint)], state=state)
     return models[0].eval(), task
 
 
@@ -80,12 +85,13 @@ def sharpness(model: Any, dataset: Any, rho: float) -> float:
         rho: ρ, L2 norm in parameter space.
         dataset: L is the mean loss of its first SHARPNESS_SENTENCES sentences, in base 2.
     """
+    count = min(len(dataset), SHARPNESS_SENTENCES)
 
     def total(backward: bool) -> float:
         value = 0.0
-        for batch in batches(dataset, SHARPNESS_SENTENCES):
+        for batch in batches(dataset, count):
             with torch.set_grad_enabled(backward):
-                loss = losses(model, batch)[0].sum() / SHARPNESS_SENTENCES
+                loss = losses(model, batch)[0].sum() / count
             if backward:
                 loss.backward()
             value += loss.item()
@@ -103,8 +109,3 @@ def sharpness(model: Any, dataset: Any, rho: float) -> float:
         for parameter, copy in zip(moved, copies):
             parameter.copy_(copy)
     return after - before
-
-
-if __name__ == "__main__":
-    for name in OPTIMIZERS:
-        print(name, evaluate(name), flush=True)

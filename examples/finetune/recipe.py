@@ -1,0 +1,26 @@
+"""The runs of the example: their paths, and the options that they share."""
+
+from pathlib import Path
+
+from ..common.classification import OPTIMIZERS
+from ..common.experiment import Experiment
+
+HERE = Path(__file__).resolve().parent
+USER_DIR = HERE / "minilm"  # the plugin, and the architecture
+WORK = HERE / "work"
+DATA = WORK / "data-bin"
+MODEL = WORK / "minilm.pt"  # the pretrained model
+
+SHARED = f"""
+    --user-dir {USER_DIR} --cpu --seed 1 --num-workers 0
+    --task sentence_prediction --num-classes 2 --classification-head-name sentiment
+    --init-token 0 --separator-token 2
+    --arch minilm --finetune-from-model {MODEL}
+    --dropout 0.1 --attention-dropout 0.1 --pooler-dropout 0.1
+    --adam-betas (0.9,0.98) --weight-decay 0.01 --clip-norm 1.0 --batch-size 16
+    --lr 1e-4 --lr-scheduler polynomial_decay --warmup-updates 31 --total-num-update 155 --max-update 155
+    --no-epoch-checkpoints --log-format simple --log-interval 8
+"""
+
+COMMANDS = {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()}
+EXPERIMENT = Experiment(WORK, COMMANDS, timing_rounds=6)

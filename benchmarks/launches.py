@@ -30,7 +30,7 @@ import torch
 from fairseq import utils
 
 from deltasam_plugin import DeltaSAM
-from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.modes import Perturbations
 from tests.helpers import corpora
 from tests.helpers.rehearsal import Rehearsal
 from tests.helpers.rehearsed_runs import Counts, built, kept, steady, updates

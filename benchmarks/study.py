@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,7 +22,8 @@ class Method(NamedTuple):
     """A way of training.
 
     Attributes:
-        options: of fairseq-train, with {} for the value of the method's own parameter.
+        options: of fairseq-train, with {value} for the value of the method's own parameter and {criterion} for the
+            task's.
         values: of this parameter that are tried; empty if there is none.
         length: how many times the usual number of updates.
     """
@@ -32,8 +34,9 @@ class Method(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The result of one run. Accuracies are in percent, losses per sentence in base 2."""
+    """The result of one run, with the scores and losses of its last and its best checkpoint (tasks.Scores)."""
 
+    task: str
     noise: float
     method: str
     value: float | None
@@ -41,18 +44,18 @@ class Row(NamedTuple):
     phase: str
     updates: int
     valid_last: float
-    test_last: float
-    test_loss_last: float
+    test_last: float | None  # of runs that are not for tuning
+    test_loss_last: float | None
     valid_best: float
-    test_best: float
-    test_loss_best: float
+    test_best: float | None
+    test_loss_best: float | None
     relative_sharpness: float | None  # in training, last epoch: sharpness as a share of the loss
     cpu_seconds: float
 
     @classmethod
     def read(cls, row: dict[str, str]) -> Row:
         """From a row of the file."""
-        texts = ("method", "phase")
+        texts = ("task", "method", "phase")
         numbers = {name: int(row[name]) if name in ("seed", "updates") else _number(row[name]) for name in row
                    if name not in texts}  # fmt: skip
         return cls(**{**numbers, **{name: row[name] for name in texts}})
@@ -77,7 +80,7 @@ def append(path: Path, head: Sequence[str], rows: Iterable[Sequence[object]]) ->
 
 
 def best_value(tried: Sequence[Row]) -> float | None:
-    """The value with the best validation accuracy after the last epoch, the least one among equals."""
+    """The value with the best validation score after the last epoch, the least one among equals."""
     best = max(tried, key=lambda row: (row.valid_last, -(row.value or 0)), default=None)
     return None if best is None else best.value
 
@@ -98,23 +101,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def differences(rows: Sequence[Row], method: str, reference: str) -> list[float]:
-    """Test accuracy after the last epoch less that of the reference, over the seeds that both have."""
+    """Test score after the last epoch less that of the reference, over the seeds that both have."""
     of = {name: {row.seed: row.test_last for row in rows if row.method == name} for name in (method, reference)}
     return [of[method][seed] - of[reference][seed] for seed in sorted(of[method].keys() & of[reference].keys())]
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """One table for each level of noise, over the runs that were not for tuning."""
-    return "\n\n".join(
-        f"Labels flipped: {noise:.0%}\n\n{_table([row for row in rows if row.noise == noise and row.phase == 'final'])}"
-        for noise in sorted({row.noise for row in rows})
-    )
+    """One table for each task and level of noise, over the runs that were not for tuning."""
+    return "\n\n".join(f"{case_title(*case)}:\n\n{_table(own)}" for case, own in cases(rows).items())
+
+
+def cases(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
+    """The runs that were not for tuning, by task and noise, of methods that have two of them at least."""
+    counts = Counter((row.task, row.noise, row.method) for row in rows if row.phase == "final")
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        if row.phase == "final" and counts[row.task, row.noise, row.method] > 1:
+            found.setdefault((row.task, row.noise), []).append(row)
+    return found
+
+
+def case_title(task: str, noise: float) -> str:
+    """As it is shown."""
+    return f"{task}, {noise:.0%} of the labels flipped" if noise else task
 
 
 def _table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.method for row in rows))
-    names = [name for name in names if sum(row.method == name for row in rows) > 1]
-    lines = [("training", "its parameter", "seeds", "test acc %, last epoch", "test acc %, best epoch", "test loss",
+    lines = [("training", "its parameter", "seeds", "test, last epoch", "test, best epoch", "test loss",
               "− adam", "− sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
     compared = {other: [name for name in names if name != other and _paired(rows, name, other)]
                 for other in ("adam", "sam")}  # fmt: skip

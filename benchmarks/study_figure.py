@@ -7,7 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
-from benchmarks.study import Row, interval
+from benchmarks.study import Row, case_title, cases, interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -19,28 +19,24 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     Returns:
         Whether there was something to draw.
     """
-    runs: dict[tuple[float, str], list[float]] = {}
-    for row in rows:
-        if row.phase == "final":
-            runs.setdefault((row.noise, row.method), []).append(row.test_last)
-    runs = {case: values for case, values in runs.items() if len(values) > 1}
-    if not runs:
+    found = cases(rows)
+    if not found:
         return False
-    noises = sorted({noise for noise, _ in runs})
-    methods = list(dict.fromkeys(method for _, method in runs))
-    size = (4.5 * len(noises) + 1.5, 0.32 * len(methods) + 1.1)
-    figure, panels = pyplot.subplots(1, len(noises), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for noise, panel in zip(noises, panels[0]):
+    methods = list(dict.fromkeys(row.method for own in found.values() for row in own))
+    size = (3.6 * len(found) + 1.5, 0.32 * len(methods) + 1.1)
+    figure, panels = pyplot.subplots(1, len(found), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for (case, own), panel in zip(found.items(), panels[0]):
         for place, method in enumerate(methods):
-            if (noise, method) in runs:
-                values = runs[noise, method]
+            values = [row.test_last for row in own if row.method == method]
+            if values:
                 centre, half = interval(values)
                 panel.plot(values, [place] * len(values), "o", color="#1b9e77", alpha=0.45, markeredgewidth=0)
                 panel.errorbar(centre, place + 0.22, xerr=half, fmt="|", color="#444444", capsize=3)
-        if (noise, "adam") in runs:
-            panel.axvline(interval(runs[noise, "adam"])[0], color="#bbbbbb", linewidth=1, zorder=0)
-        panel.set_title(f"{noise:.0%} of the labels flipped")
-        panel.set_xlabel("test accuracy after the last epoch, %")
+        adam = [row.test_last for row in own if row.method == "adam"]
+        if adam:
+            panel.axvline(interval(adam)[0], color="#bbbbbb", linewidth=1, zorder=0)
+        panel.set_title(case_title(*case), fontsize="medium")
+        panel.set_xlabel("test, last epoch")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_yticks(range(len(methods)), methods)
     panels[0][0].invert_yaxis()

@@ -16,7 +16,7 @@ from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Logits, Objective, Statistics
-from deltasam_plugin.perturbations import Perturbations, chosen_parameters
+from deltasam_plugin.modes import Perturbations, chosen_parameters
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
 

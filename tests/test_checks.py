@@ -12,7 +12,7 @@ from torch import nn
 from deltasam_plugin import DeltaSAM, Settings
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
-from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.modes import Perturbations
 
 MODES = [{"weighting": "curvature"}, {"weighting": "uniform"}, {"perturbation": "instance"}]
 modes = pytest.mark.parametrize("mode", MODES, ids=["curvature", "uniform", "instance"])

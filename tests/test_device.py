@@ -16,7 +16,7 @@ from benchmarks.launches import METHODS, in_python, tasks
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.batch import displacement
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
-from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.modes import Perturbations
 from deltasam_plugin.replay import RandomState
 from tests.helpers import corpora
 from tests.helpers.rehearsal import BLOCKS, CHUNK, OnDevice, Rehearsal, foreach_launches, moved, plain

@@ -32,7 +32,7 @@ from examples.common.classification import OPTIMIZERS, TITLES
 from tests.helpers.registries import BUILT_IN_LOSSES, BUILT_IN_WEIGHTINGS
 from tests.helpers.runs import SENTENCES as ROBERTA_RUN
 from tests.helpers.runs import SMOOTHED, fairseq_train
-from tests.recipes.recipes import ALL, TRAINS
+from tests.recipes.all_recipes import ALL, TRAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

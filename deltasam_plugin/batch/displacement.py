@@ -281,6 +281,17 @@ def displaced_lots(
         yield moved, original
 
 
+def mirror(parameters: Sequence[PerturbedParameter], originals: Sequence[Tensor]) -> None:
+    """Move parameters to the other side of their originals: where :func:`displace` put w + d, there is w − d.
+
+    Args:
+        parameters: without masters, and not rewritten: what they hold is not w + d.
+        originals: from :func:`restored`, one per parameter.
+    """
+    if parameters:
+        torch._foreach_lerp_([p.parameter.data for p in parameters], list(originals), 2.0)
+
+
 def _stretch(gradients: list[Tensor | None], scales: Sequence[Tensor]) -> None:
     """Multiply gradients with the scales of their parameters, if there are any."""
     for i, scale in enumerate(scales):

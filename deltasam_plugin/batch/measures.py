@@ -30,7 +30,7 @@ class Measure:
     """What one probe measures in every sample.
 
     Attributes:
-        sides: where its forward passes run, in units of the displacement.
+        sides: where its forward passes run, in units of the displacement: at 1, or at 1 and then at -1.
         compare: from the results at these places and at w, and eps, the spacing of the numbers, to the measurements and
             the sizes below which they are rounding, shape (B,) each.
         noise: standard deviation of its rounding error in units of that of the difference between two losses; None if

@@ -1,10 +1,10 @@
 r"""Run forward passes at displaced weights, and measure what changes in every sample.
 
-A direction u is shared by the batch: all samples are compared along the same direction. It is drawn lot by lot, once
-more for each forward pass, and never kept: a copy of the parameters would cost memory. Its length is relative to that
-of the P parameters: with probe scale s, :math:`\sigma = s\,\|w\| / \sqrt{P}` and
-:math:`\|\sigma u\| \approx s \|w\|` for a model of any size. A fixed σ would not do: 0.01 moves a model of 35 million
-parameters by a third of their length.
+A direction u is shared by the batch: all samples are compared along the same direction. It is drawn lot by lot and
+never kept: a copy of the parameters would cost memory. The other side of w is found by reflection, or by drawing once
+more where parameters are rounded masters. The length of u is relative to that of the P parameters: with probe scale s,
+:math:`\sigma = s\,\|w\| / \sqrt{P}` and :math:`\|\sigma u\| \approx s \|w\|` for a model of any size. A fixed σ would
+not do: 0.01 moves a model of 35 million parameters by a third of their length.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, global_norm, restored
+from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, global_norm, mirror, restored
 from deltasam_plugin.batch.measures import Measure, measured_floor
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import Rounding, at_least_float32
@@ -121,18 +121,23 @@ def probe(
     count = sum(p.parameter.numel() for p in moved)
     scale = max(scale, measure.least_scale.get(rounding.dtype, 0))
     noisy = measure.noise is not None and rounding.coarse
+    may_mirror = not any(p.master is not None or p.rewritten for p in moved)
 
     measured, floors = [], []
     with torch.no_grad(), restored(parameters, rewritten) as originals:
         every = (old if p.master is None else p.value for p, old in zip(parameters, originals, strict=True))
         values = [value for value, is_reached in zip(every, reached, strict=True) if is_reached]
+        centers = [old for old, is_reached in zip(originals, reached, strict=True) if is_reached]
         norm = global_norm(values)
         sigma = scale * norm / math.sqrt(max(count, 1))
         direction = random_signs if measure.signs else standard_normal
         for number in range(probes):
             displaced = []
             for side in measure.sides:
-                displace(parameters, originals, Drawn(reached, direction(seed + number)), side * sigma)
+                if side == -1 and may_mirror:
+                    mirror(moved, centers)
+                else:
+                    displace(parameters, originals, Drawn(reached, direction(seed + number)), side * sigma)
                 displaced.append(forward())
             found, floor = measure.compare(displaced, center, rounding.eps)
             measured.append(torch.where(center.losses.isfinite(), found, torch.nan))

@@ -29,7 +29,7 @@ from deltasam_plugin.fairseq.config import DeltaSAMOptimizerConfig
 from deltasam_plugin.fairseq.errors import Unsupported, one_message
 from deltasam_plugin.fairseq.parameters import TrainedParameters, named_parameters, part_of
 from deltasam_plugin.fairseq.refusals import option, refuse_unsupported
-from deltasam_plugin.perturbations import Perturbations, chosen_parameters
+from deltasam_plugin.modes import Perturbations, chosen_parameters
 from deltasam_plugin.settings import Settings
 
 logger = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import sacrebleu
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "fairseq-validate": f"{SHARED} --task translation --valid-subset valid --log-format json",
     "fairseq-generate": f"{SHARED} --gen-subset test --beam {BEAM} --remove-bpe sentencepiece",
 }
+SUBSET = {"fairseq-validate": "--valid-subset", "fairseq-generate": "--gen-subset"}
 
 
 @dataclass
@@ -58,7 +60,6 @@ def output(run: str, name: str) -> str:
         SystemExit: the command has failed.
     """
     command = COMMANDS[name]
-    checkpoint = EXPERIMENT.folder(run) / "checkpoint_last.pt"
     record = EXPERIMENT.folder(run) / f"{name}.txt"
     if record.exists():
         known, _, text = record.read_text(encoding="utf-8").partition("\n")
@@ -66,8 +67,29 @@ def output(run: str, name: str) -> str:
             print(f"{run:9} | {name} is there", flush=True)
             return text
     print(f"{run:9} | {name}", flush=True)
+    text = printed(name, EXPERIMENT.folder(run) / "checkpoint_last.pt")
+    partial = record.with_suffix(".partial")
+    partial.write_text(f"{command}\n{text}", encoding="utf-8")
+    partial.rename(record)
+    return text
+
+
+def printed(name: str, checkpoint: Path, split: str | None = None) -> str:
+    """Run a command of COMMANDS for a checkpoint and return its output.
+
+    Args:
+        name: of the command.
+        checkpoint: what to measure.
+        split: another part of the data than the command's own.
+
+    Raises:
+        SystemExit: the command has failed.
+    """
+    options = [str(DATA), "--user-dir", str(PLUGIN), *COMMANDS[name].split(), "--path", str(checkpoint)]
+    if split is not None:
+        options += [SUBSET[name], split]
     log = subprocess.run(
-        [program(name), str(DATA), "--user-dir", str(PLUGIN), *command.split(), "--path", str(checkpoint)],
+        [program(name), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         encoding="utf-8",
@@ -75,10 +97,7 @@ def output(run: str, name: str) -> str:
         env={**os.environ, **ENVIRONMENT, "PYTHONIOENCODING": "utf-8"},
     )
     if log.returncode:
-        sys.exit(f"{log.stdout[-3000:]}\n{run}: {name} failed ({log.returncode}).")
-    partial = record.with_suffix(".partial")
-    partial.write_text(f"{command}\n{log.stdout}", encoding="utf-8")
-    partial.rename(record)
+        sys.exit(f"{log.stdout[-3000:]}\n{checkpoint}: {name} failed ({log.returncode}).")
     return log.stdout
 
 

@@ -172,6 +172,29 @@ def test_both_sides_of_a_probe_lie_on_one_line_and_every_probe_has_its_own(probe
     assert len({tuple(plus.sign().tolist()) for plus in seen[::2]}) == probes
 
 
+def test_both_sides_are_equally_far_in_spite_of_rounding():
+    """The spacing of numbers below 1 is half of that above."""
+    plus, minus = displacements([PerturbedParameter(torch.nn.Parameter(torch.ones(1000)))], 1, 1e-3, 3)
+    above = plus > 0  # what is below need not have a counterpart
+    assert torch.equal(plus[above], -minus[above])
+
+
+def test_the_other_side_of_a_parameter_that_the_forward_pass_rewrites_is_that_of_its_original():
+    weight = torch.nn.Parameter(torch.ones(1000, dtype=torch.double))
+    seen = []
+
+    def forward():
+        seen.append(weight.detach().clone())
+        weight.data = weight.data.round()
+        return Objective(torch.zeros(()), torch.zeros(1))
+
+    center = Objective(torch.zeros(()), torch.zeros(1))
+    original = weight.detach().clone()
+    probe(forward, center, [PerturbedParameter(weight, rewritten=True)], SECOND, 1, 1e-3, 3, rewritten=[original])
+    torch.testing.assert_close(seen[0] - original, original - seen[1], rtol=0, atol=1e-14)
+    assert (seen[0] != original).all()
+
+
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("scale", [0.001, 0.3])
 def test_a_probe_moves_the_weights_by_its_scale_times_their_length_whatever_the_model(unit, scale):

@@ -6,6 +6,7 @@ import csv
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +15,20 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import accuracy
-from benchmarks.accuracy import METHODS, NOISES, SEEDS, TUNING_SEED, Slice, flipped, wanted
+from benchmarks.accuracy import FEWER, METHODS, TUNING_SEED, Slice, wanted
 from benchmarks.study import Row, best_value, differences, holm, interval, tables
+from benchmarks.tasks import TASKS, flipped
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
 
+SEEDS = TASKS["sentiment"].seeds
+
+
 def row(method: str, seed: int, value: float | None = None, accuracy: float = 70.0, noise: float = 0.3) -> Row:
-    phase = "tuning" if seed == TUNING_SEED else "final"
-    return Row(noise, method, value, seed, phase, 1060, accuracy, accuracy, 0.9, accuracy, accuracy, 0.9, 0.1, 10.0)
+    tested = (None, None) if seed == TUNING_SEED else (accuracy, 0.9)
+    phase, scores = "tuning" if seed == TUNING_SEED else "final", (accuracy, *tested)
+    return Row("sentiment", noise, method, value, seed, phase, 1060, *scores, *scores, 0.1, 10.0)
 
 
 @given(P_VALUES)
@@ -78,25 +84,31 @@ def test_so_many_labels_are_flipped_the_same_ones_each_time(noise: float) -> Non
 
 
 def all_slices(done: list[Row]) -> Iterator[Slice]:
-    return (chosen for chosen in wanted(done) if chosen.noise == NOISES[0] and chosen.method == "sam")
+    return (s for s in wanted(done) if (s.task, s.noise, s.method) == ("sentiment", 0.3, "sam"))
 
 
 def test_seeds_follow_when_every_value_was_tried() -> None:
     values = METHODS["sam"].values
-    tuning = [Slice(NOISES[0], "sam", value, TUNING_SEED) for value in values]
+    tuning = [Slice("sentiment", 0.3, "sam", value, TUNING_SEED) for value in values]
     assert list(all_slices([])) == tuning
     tried = [row("sam", TUNING_SEED, value, 60 + 10 * value) for value in values]
     assert list(all_slices(tried[:-1])) == tuning
-    final = [Slice(NOISES[0], "sam", values[-1], seed) for seed in SEEDS]
+    final = [Slice("sentiment", 0.3, "sam", values[-1], seed) for seed in SEEDS]
     assert list(all_slices(tried)) == tuning + final
-    assert TUNING_SEED not in SEEDS
+    assert all(TUNING_SEED not in task.seeds for task in TASKS.values())
+
+
+def test_a_task_can_have_fewer_methods_and_be_run_alone() -> None:
+    found = list(wanted([], ["translation"]))
+    assert {chosen.task for chosen in found} == {"translation"}
+    assert list(dict.fromkeys(chosen.method for chosen in found)) == list(FEWER["translation"])
 
 
 def test_tables_show_what_was_not_for_tuning() -> None:
     rows = [row("adam", seed, None, 70 + seed) for seed in SEEDS]
     rows += [row("sam", seed, 0.1, 73 + 1.5 * seed) for seed in SEEDS]
     text = tables([*rows, row("sam", TUNING_SEED, 0.1, 99)])
-    assert "Labels flipped: 30%" in text
+    assert "sentiment, 30% of the labels flipped:" in text
     assert "99" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("| sam"))
     assert "79.0 ± 2.9" in line  # 73 + 1.5 · 4, and 2.776 · 1.5 · 1.581 / √5
@@ -120,16 +132,16 @@ def test_the_figure_shows_what_was_not_for_tuning(monkeypatch: pytest.MonkeyPatc
 
 def test_the_study_stops_when_a_slice_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
-    monkeypatch.setattr(accuracy, "wanted", lambda done: [("no", "slice")])
+    monkeypatch.setattr(accuracy, "wanted", lambda *_: [("no", "slice")])
     with pytest.raises(SystemExit, match=r"'no', 'slice'.* failed"):
-        accuracy.work(1, None)
+        accuracy.work([], 1, None)
 
 
 def test_no_slice_starts_while_the_pause_file_exists(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
-    monkeypatch.setattr(accuracy, "wanted", lambda done: [("no", "slice")])
+    monkeypatch.setattr(accuracy, "wanted", lambda *_: [("no", "slice")])
     pause, sleep, printed = tmp_path / "pause", time.sleep, []
     pause.touch()
 
@@ -141,7 +153,7 @@ def test_no_slice_starts_while_the_pause_file_exists(
 
     monkeypatch.setattr(time, "sleep", counted)
     with pytest.raises(SystemExit):
-        accuracy.work(1, pause)
+        accuracy.work([], 1, pause)
     assert printed[:3] == ["", "", ""]
     assert "starts ('no', 'slice')" in printed[3]
 
@@ -153,24 +165,25 @@ def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str
     shutil.copytree(sentence_data["class"], folder)
     for file in folder.glob("*/valid.*"):
         shutil.copy(file, file.with_name(file.name.replace("valid", "test")))
-    monkeypatch.setattr(accuracy, "data", lambda noise: folder)
-    monkeypatch.setattr(accuracy, "UPDATES", 2)
+    task = replace(TASKS["sentiment"], data=lambda noise: folder, updates=2, work=tmp_path / "work")
+    monkeypatch.setitem(TASKS, "sentiment", task)
     return folder
 
 
-@pytest.mark.parametrize("method", ["adam", "sam_on"])
-def test_a_slice_trains_and_measures(toy: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "seed"), [("adam", 2), ("sam_on", TUNING_SEED)])
+def test_a_slice_trains_and_measures(toy: Path, method: str, seed: int) -> None:
     value = METHODS[method].values[0] if METHODS[method].values else None
-    found = accuracy.run(Slice(0.3, method, value, 2))
-    assert (found.method, found.phase, found.updates) == (method, "final", 2)
-    assert 0 <= found.test_last <= 100
+    found = accuracy.run(Slice("sentiment", 0.3, method, value, seed))
+    assert (found.method, found.phase, found.updates) == (method, "tuning" if seed == TUNING_SEED else "final", 2)
+    assert 0 <= found.valid_last <= 100
     assert found.cpu_seconds > 0
     assert (found.relative_sharpness is not None) == (method == "sam_on")
-    assert list(toy.parent.iterdir()) == [toy]  # nothing is left behind
+    assert (found.test_last is None) == (found.test_loss_best is None) == (seed == TUNING_SEED)
+    assert list((toy.parent / "work").iterdir()) == []  # nothing is left behind
 
 
 def test_of_a_moving_average_the_average_is_measured(toy: Path) -> None:
-    one, other, none = (accuracy.run(Slice(0.3, *chosen, 2)).test_loss_last for chosen in
+    one, other, none = (accuracy.run(Slice("sentiment", 0.3, *chosen, 2)).test_loss_last for chosen in
                         (("adam", None), ("adam, moving average", 0.5), ("adam, moving average", 0.0)))  # fmt: skip
     assert other != one
     assert none == pytest.approx(one, rel=1e-6)  # it forgets all but the last parameters

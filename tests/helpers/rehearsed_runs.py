@@ -13,7 +13,7 @@ from fairseq.trainer import Trainer
 
 from deltasam_plugin.fairseq.optimizer import SharpnessAwareOptimizer
 from deltasam_plugin.instance.engine import ALWAYS_CHECKED
-from deltasam_plugin.perturbations import Perturbations
+from deltasam_plugin.modes import Perturbations
 from tests.helpers.rehearsal import Rehearsal, Wait
 from tests.helpers.runs import USER_DIR
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.recipes.all_recipes import ALL, RECIPES
 from tests.recipes.commands import EXAMPLES, drop, training_command
-from tests.recipes.recipes import ALL, RECIPES
 
 
 def test_a_command_of_a_readme() -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tests.fairseq_runs.test_invariants import logged
+from tests.end_to_end.test_invariants import logged
 from tests.helpers.runs import USER_DIR, assert_same_model, distance, scalars
+from tests.recipes.all_recipes import RECIPES, TRAINS, Recipe
 from tests.recipes.data import data_of
-from tests.recipes.recipes import RECIPES, TRAINS, Recipe
 from tests.recipes.runs import Finished, message, train, user_directory
 from tests.recipes.worker import command
 

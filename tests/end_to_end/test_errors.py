@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from deltasam_plugin.fairseq.criterions.registry import PER_SAMPLE_LOSSES, REFUSED, per_sample_losses
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from tests.fairseq_runs.test_criterions import typed, user_directory
+from tests.end_to_end.test_criterions import typed, user_directory
 from tests.helpers.corpora import corpus, small
 from tests.helpers.runs import ADAM, HALF, SMOOTHED, TRANSLATION, base, delta, fairseq_train
 

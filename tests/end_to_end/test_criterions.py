@@ -20,7 +20,7 @@ from fairseq.trainer import Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deltasam_plugin.loss import Statistics
-from tests.fairseq_runs.test_invariants import logged
+from tests.end_to_end.test_invariants import logged
 from tests.helpers.corpora import RECIPES, corpus
 from tests.helpers.runs import (
     ADAM,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from tests.fairseq_runs.test_criterions import CRITERION, LOSSES, user_directory
+from tests.end_to_end.test_criterions import CRITERION, LOSSES, user_directory
 from tests.helpers.corpora import corpus
 from tests.helpers.runs import USER_DIR, distance
 

@@ -1,0 +1,205 @@
+"""The tasks of the studies: their data, the options of fairseq-train, and how a checkpoint is measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from examples.common.experiment import ENVIRONMENT, program
+from examples.sentiment import prepare as reviews
+from examples.sentiment import recipe as sentiment
+from examples.translation import recipe as translation
+
+LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+
+
+class Scores(NamedTuple):
+    """Of one checkpoint, without dropout; higher is better.
+
+    Attributes:
+        valid: accuracy in percent; for translation minus the cross-entropy per target piece, base 2.
+        test: accuracy in percent, or BLEU; None if the test part was not looked at.
+        test_loss: cross-entropy per sentence or per target piece, base 2.
+    """
+
+    valid: float
+    test: float | None
+    test_loss: float | None
+
+
+class Trained(NamedTuple):
+    """What a run of fairseq-train leaves: its folder, the statistics of its last epoch, the processor time it took."""
+
+    folder: Path
+    logged: dict[str, float]
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to be learned.
+
+    Attributes:
+        title: for tables.
+        work: a folder for data and for runs.
+        options: of fairseq-train, without those for the method, the length, the seed and the folders.
+        criterion: the base criterion.
+        updates: the usual number.
+        noises: the shares of flipped labels.
+        seeds: of the runs that count.
+        data: makes the binary data, if they are not there, and returns their folder; takes the share of flipped labels.
+        measure: scores of a checkpoint, given the data; takes whether to look at the test part.
+        unit: of the test score.
+    """
+
+    title: str
+    work: Path
+    options: str
+    criterion: str
+    updates: int
+    noises: tuple[float, ...]
+    seeds: tuple[int, ...]
+    data: Callable[[float], Path]
+    measure: Callable[[Path, Path, bool], Scores]
+    unit: str
+
+    def command(self, noise: float, options: str, seed: int, length: int = 1) -> list[str]:
+        """The options of fairseq-train, except for the folder of its checkpoints.
+
+        Args:
+            noise: share of flipped labels.
+            options: of the method.
+            seed: of everything random.
+            length: how many times the usual number of updates.
+        """
+        updates = self.updates * length
+        own = f"{options} --total-num-update {updates} --max-update {updates} --seed {seed}"
+        return [str(self.data(noise)), *f"{self.options} --log-format json {own}".split()]
+
+    @contextmanager
+    def trained(self, command: Sequence[str]) -> Iterator[Trained]:
+        """Train in a folder that is removed afterwards.
+
+        Yields:
+            what the run left.
+
+        Raises:
+            SystemExit: fairseq-train has failed.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.work, prefix="run-") as folder:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            done = subprocess.run(
+                [program("fairseq-train"), *command, "--save-dir", folder],
+                env={**os.environ, **ENVIRONMENT},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            if done.returncode:
+                sys.exit(f"{done.stdout[-3000:]}\n{' '.join(command)}: fairseq-train failed ({done.returncode}).")
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            lines = [line for line in done.stdout.splitlines() if "| INFO | train | {" in line]
+            logged = {name: float(value) for name, value in json.loads(lines[-1].split(" | ")[-1]).items()}
+            seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            yield Trained(Path(folder), logged, seconds)
+
+
+def flipped(pairs: list[tuple[str, int]], noise: float) -> list[tuple[str, int]]:
+    """The same sentences with a share of the labels changed, chosen by a hash of the sentence."""
+
+    def chosen(sentence: str) -> bool:
+        digest = hashlib.sha256(f"flip {sentence.casefold()}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < noise * 2**64
+
+    return [(sentence, 1 - label if chosen(sentence) else label) for sentence, label in pairs]
+
+
+def noisy_reviews(noise: float) -> Path:
+    """Movie reviews: labels of the training and the validation part are flipped, those of the test part are clean."""
+    folder = sentiment.WORK / "accuracy" / f"data-bin-{noise}"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        splits = reviews.split(reviews.clean(reviews.source().decode("utf-8")))
+        splits |= {name: flipped(splits[name], noise) for name in ("train", "valid")}
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="prepare-") as name:
+            reviews.encode(splits, Path(name))
+            reviews.binarize(Path(name)).rename(folder)
+    return folder
+
+
+def classification(checkpoint: Path, data: Path, with_test: bool) -> Scores:
+    """Accuracy and loss; of a run with a moving average, those of the average."""
+    from examples.sentiment.evaluate import accuracy_and_loss, load
+
+    model, task = load(checkpoint, data)
+    averaged = torch.load(checkpoint)["extra_state"].get("ema")
+    if averaged is not None:  # --store-ema
+        model.load_state_dict(averaged)
+    task.load_dataset("valid")
+    valid, _ = accuracy_and_loss(model, task.dataset("valid"))
+    if not with_test:
+        return Scores(valid, None, None)
+    task.load_dataset("test")
+    return Scores(valid, *accuracy_and_loss(model, task.dataset("test")))
+
+
+def parallel_text(noise: float) -> Path:
+    """Debian's help pages and dictionary in German and English; there are no labels to flip."""
+    from examples.translation import prepare
+
+    if not translation.DATA.exists():
+        translation.WORK.mkdir(parents=True, exist_ok=True)
+        prepare.main()
+    return translation.DATA
+
+
+def translating(checkpoint: Path, data: Path, with_test: bool) -> Scores:
+    """Loss by fairseq-validate, BLEU by fairseq-generate and sacrebleu."""
+    from examples.translation.evaluate import bleu, hypotheses, printed, valid_loss
+
+    valid = -valid_loss(printed("fairseq-validate", checkpoint))
+    if not with_test:
+        return Scores(valid, None, None)
+    score, _, _ = bleu(hypotheses(printed("fairseq-generate", checkpoint)))
+    return Scores(valid, score, valid_loss(printed("fairseq-validate", checkpoint, "test")))
+
+
+TASKS = {
+    "sentiment": Task(
+        title="sentiment from scratch",
+        work=sentiment.WORK / "accuracy",
+        options=f"{sentiment.SHARED} --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric",
+        criterion="sentence_prediction",
+        updates=1060,  # 4 epochs
+        noises=(0.3, 0.0),
+        seeds=(2, 3, 4, 5, 6),
+        data=noisy_reviews,
+        measure=classification,
+        unit="acc %",
+    ),
+    "translation": Task(
+        title="translation from German",
+        work=translation.WORK / "accuracy",
+        options=f"--user-dir {translation.PLUGIN} {translation.SHARED} --best-checkpoint-metric nll_loss",
+        criterion=translation.BASE,
+        updates=1000,
+        noises=(0.0,),
+        seeds=(2, 3, 4),
+        data=parallel_text,
+        measure=translating,
+        unit="BLEU",
+    ),
+}

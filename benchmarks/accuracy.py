@@ -51,7 +51,8 @@ METHODS = {  # most important first
     "sam_on": Method(f"{SAM} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
     "rw_sam": Method(f"{DELTA_SAM} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
-FEWER = {"translation": ("adam", "sam", "instance", "delta_sam")}  # methods of a task that has not all of them
+MAIN = ("adam", "sam", "instance", "delta_sam")
+FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
 
 
 class Slice(NamedTuple):

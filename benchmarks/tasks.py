@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import resource
@@ -17,8 +16,11 @@ from typing import NamedTuple
 
 import torch
 
+from examples.common.binary import binarize
+from examples.common.evaluation import accuracy_and_loss, load
 from examples.common.experiment import ENVIRONMENT, program
-from examples.sentiment import prepare as reviews
+from examples.common.reviews import flipped, parts
+from examples.finetune import recipe as finetune
 from examples.sentiment import recipe as sentiment
 from examples.translation import recipe as translation
 
@@ -61,7 +63,6 @@ class Task:
         seeds: of the runs that count.
         data: makes the binary data, if they are not there, and returns their folder; takes the share of flipped labels.
         measure: scores of a checkpoint, given the data; takes whether to look at the test part.
-        unit: of the test score.
     """
 
     title: str
@@ -73,7 +74,6 @@ class Task:
     seeds: tuple[int, ...]
     data: Callable[[float], Path]
     measure: Callable[[Path, Path, bool], Scores]
-    unit: str
 
     def command(self, noise: float, options: str, seed: int, length: int = 1) -> list[str]:
         """The options of fairseq-train, except for the folder of its checkpoints.
@@ -117,33 +117,36 @@ class Task:
             yield Trained(Path(folder), logged, seconds)
 
 
-def flipped(pairs: list[tuple[str, int]], noise: float) -> list[tuple[str, int]]:
-    """The same sentences with a share of the labels changed, chosen by a hash of the sentence."""
-
-    def chosen(sentence: str) -> bool:
-        digest = hashlib.sha256(f"flip {sentence.casefold()}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < noise * 2**64
-
-    return [(sentence, 1 - label if chosen(sentence) else label) for sentence, label in pairs]
-
-
 def noisy_reviews(noise: float) -> Path:
     """Movie reviews: labels of the training and the validation part are flipped, those of the test part are clean."""
+    from examples.sentiment.prepare import encode
+
     folder = sentiment.WORK / "accuracy" / f"data-bin-{noise}"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        splits = reviews.split(reviews.clean(reviews.source().decode("utf-8")))
+        splits = parts(sentiment.WORK)
         splits |= {name: flipped(splits[name], noise) for name in ("train", "valid")}
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="prepare-") as name:
-            reviews.encode(splits, Path(name))
-            reviews.binarize(Path(name)).rename(folder)
+            encode(splits, Path(name))
+            binarize(Path(name)).rename(folder)
+    return folder
+
+
+def few_reviews(noise: float) -> Path:
+    """The same for the pretrained model, with 500 sentences for training."""
+    from examples.finetune import prepare
+
+    folder = finetune.WORK / "accuracy" / f"data-bin-{noise}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not finetune.MODEL.exists():
+        prepare.write_model(finetune.MODEL)
+    if not folder.exists():
+        prepare.write_data(folder, noise=noise)
     return folder
 
 
 def classification(checkpoint: Path, data: Path, with_test: bool) -> Scores:
     """Accuracy and loss; of a run with a moving average, those of the average."""
-    from examples.sentiment.evaluate import accuracy_and_loss, load
-
     model, task = load(checkpoint, data)
     averaged = torch.load(checkpoint)["extra_state"].get("ema")
     if averaged is not None:  # --store-ema
@@ -188,7 +191,17 @@ TASKS = {
         seeds=(2, 3, 4, 5, 6),
         data=noisy_reviews,
         measure=classification,
-        unit="acc %",
+    ),
+    "finetune": Task(
+        title="sentiment fine-tuned on 500 sentences",
+        work=finetune.WORK / "accuracy",
+        options=f"{finetune.SHARED} --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric",
+        criterion="sentence_prediction",
+        updates=155,  # 5 epochs
+        noises=(0.3, 0.0),
+        seeds=(2, 3, 4, 5, 6),
+        data=few_reviews,
+        measure=classification,
     ),
     "translation": Task(
         title="translation from German",
@@ -200,6 +213,5 @@ TASKS = {
         seeds=(2, 3, 4),
         data=parallel_text,
         measure=translating,
-        unit="BLEU",
     ),
 }

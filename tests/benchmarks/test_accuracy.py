@@ -17,7 +17,8 @@ from scipy import stats
 from benchmarks import accuracy
 from benchmarks.accuracy import FEWER, METHODS, TUNING_SEED, Slice, wanted
 from benchmarks.study import Row, best_value, differences, holm, interval, tables
-from benchmarks.tasks import TASKS, flipped
+from benchmarks.tasks import TASKS
+from examples.common.reviews import flipped
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 

@@ -261,7 +261,7 @@ def test_lengths_of_probes_in_half_precision() -> None:
 def test_make_targets() -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", pages, re.MULTILINE))
-    assert {"example", "test", "test-all", "test-compat", "example-translation"} <= named
+    assert {"example", "test", "test-all", "test-compat", "example-finetune", "example-translation"} <= named
     for target in named:
         shell(f"make -n {target}", ROOT)
 

@@ -341,8 +341,9 @@ def test_scalars() -> None:
     assert set(re.findall(r"`(sam_\w+)`", README)) <= listed
 
 
-def test_the_example_shows_a_table_as_it_prints_it() -> None:
-    results = rows((ROOT / "examples" / "sentiment" / "README.md").read_text(), "run")
+@pytest.mark.parametrize("example", ["sentiment", "finetune"])
+def test_an_example_shows_a_table_as_it_prints_it(example: str) -> None:
+    results = rows((ROOT / "examples" / example / "README.md").read_text(), "run")
     assert tuple(results[0]) == TITLES
     assert [row["run"] for row in results] == list(OPTIMIZERS)[: len(results)]
 

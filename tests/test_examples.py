@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from examples.finetune import recipe as finetune
 from examples.sentiment import recipe as sentiment
 from examples.translation import evaluate, prepare
 from examples.translation import recipe as translation
@@ -34,7 +35,7 @@ def test_every_run_trains(tmp_path_factory, tmp_path: Path, sentence_data: dict[
         assert (config["optimizer"]["sam_perturbation"], config["optimizer"]["sam_rho"]) == ("instance", 0.01)
 
 
-@pytest.mark.parametrize("recipe", [sentiment, translation])
+@pytest.mark.parametrize("recipe", [sentiment, finetune, translation])
 def test_the_readme_shows_the_commands_that_run(recipe) -> None:
     (block,) = re.findall(r"```bash\n(fairseq-train .*?)```", (recipe.HERE / "README.md").read_text(), re.DOTALL)
     commands = shlex.split(block.replace("\\\n", " "), comments=True)

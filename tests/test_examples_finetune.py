@@ -15,12 +15,13 @@ import torch
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, MODEL_REGISTRY
+from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 from transformers import BertConfig, BertModel, BertTokenizer
 
 from examples.common import reviews
 from examples.common.evaluation import accuracy_and_loss, load
 from examples.finetune import convert, prepare
-from examples.finetune.recipe import EXPERIMENT, MODEL, USER_DIR, WORK
+from examples.finetune.recipe import EXPERIMENT, USER_DIR, WORK
 from tests.helpers.runs import fairseq_train
 
 SENTENCES = [
@@ -29,19 +30,24 @@ SENTENCES = [
     "It's -- without any doubt -- the worst film I've seen: unwatchably pretentious, and 2 hours too long!",
     "Amélie, zażółć \N{EM DASH} 電影 \N{GRINNING FACE} of [UNK] ﬁlms",
 ]
-RESTORE = ["--restore-file", str(MODEL), "--reset-optimizer", "--reset-dataloader", "--reset-meters"]
-RESTORE += ["--reset-lr-scheduler"]
+RESET = ["--reset-optimizer", "--reset-dataloader", "--reset-meters", "--reset-lr-scheduler"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example's data with fewer sentences; its model is in work/."""
+    """The example's data with fewer sentences."""
     WORK.mkdir(exist_ok=True)
-    if not MODEL.exists():
-        prepare.write_model(MODEL)
     folder = tmp_path_factory.mktemp("finetune") / "data-bin"
-    prepare.write_data(folder, count=64)
+    prepare.write_data(folder, count=16)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example's model."""
+    file = tmp_path_factory.mktemp("pretrained") / "minilm.pt"
+    prepare.write_model(file)
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,7 @@ def bert_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> BertTokenizer:
     return BertTokenizer(str(vocabulary))
 
 
-def test_hidden_states_are_those_of_transformers(data: Path, bert_tokenizer: BertTokenizer) -> None:
+def test_hidden_states_are_those_of_transformers(data: Path, pretrained: Path, bert_tokenizer: BertTokenizer) -> None:
     """Sentences of different lengths in one batch, padded."""
     dictionary = Dictionary.load(str(data / "input0" / "dict.txt"))
     dictionary.add_symbol("<mask>")
@@ -60,7 +66,7 @@ def test_hidden_states_are_those_of_transformers(data: Path, bert_tokenizer: Ber
     options = Namespace(max_positions=512)
     ARCH_CONFIG_REGISTRY["minilm"](options)
     model = MODEL_REGISTRY["minilm"].build_model(options, Namespace(source_dictionary=dictionary)).eval()
-    model.load_state_dict(torch.load(MODEL)["model"], strict=True)
+    model.load_state_dict(torch.load(pretrained)["model"], strict=True)
 
     bert = BertModel(BertConfig(**json.loads(prepare.member("config.json")))).eval()
     loaded = bert.load_state_dict(safetensors.torch.load(prepare.member("model.safetensors")), strict=False)
@@ -80,26 +86,22 @@ def test_hidden_states_are_those_of_transformers(data: Path, bert_tokenizer: Ber
         torch.testing.assert_close(state[words], other[words], atol=1e-5, rtol=0)
 
 
+def sentence_prediction(data: Path) -> SentencePredictionTask:
+    own = {"init_token": 0, "separator_token": 2, "num_classes": 2, "regression_target": False, "seed": 1}
+    return SentencePredictionTask.setup_task(SentencePredictionConfig(data=str(data), **own))
+
+
 def test_binary_data_are_the_ids_of_transformers(data: Path, bert_tokenizer: BertTokenizer) -> None:
     vocabulary = bert_tokenizer.get_vocab()
     ids = torch.tensor([vocabulary[piece] for piece in convert.ordered(vocabulary)])  # BERT's, by fairseq's
     assert sorted(ids.tolist()) == list(range(len(ids)))
-    _, task = load_task(data)
+    task = sentence_prediction(data)
     task.load_dataset("valid")
     found = {tuple(ids[task.dataset("valid")[i]["net_input.src_tokens"]].tolist()) for i in range(300)}
     sentences = [sentence for sentence, _ in reviews.parts(WORK)["valid"]]
     expected = {tuple(bert_tokenizer(sentence, truncation=True, max_length=64)["input_ids"]) for sentence in sentences}
     assert found <= expected
     assert len(found) > 290
-
-
-def load_task(data: Path):
-    from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
-
-    config = SentencePredictionConfig(
-        data=str(data), num_classes=2, init_token=0, separator_token=2, regression_target=False, seed=1
-    )
-    return config, SentencePredictionTask.setup_task(config)
 
 
 def test_pieces_are_those_of_transformers(bert_tokenizer: BertTokenizer) -> None:
@@ -112,16 +114,18 @@ def test_pieces_are_those_of_transformers(bert_tokenizer: BertTokenizer) -> None
 
 
 @pytest.mark.parametrize("run", ["delta_sam", "instance"])
-def test_fine_tuning_learns(data: Path, tmp_path: Path, run: str) -> None:
-    """A few updates by fairseq-train; the sentences of the training part are then classified as they should be."""
+def test_fine_tuning_learns(data: Path, pretrained: Path, tmp_path: Path, run: str) -> None:
+    """A few updates by fairseq-train from the pretrained model; then it classifies their sentences."""
     _, *options = EXPERIMENT.commands[run]
-    if run == "instance":  # the other way to begin with a pretrained model
-        start = options.index("--finetune-from-model")
-        options[start : start + 2] = RESTORE
-    short = ["--max-update", 12, "--total-num-update", 12, "--warmup-updates", 2, "--lr", 3e-4, "--disable-validation"]
+    options[options.index("--finetune-from-model") + 1] = pretrained
+    if run == "instance":  # the options that README calls the same
+        options[options.index("--finetune-from-model")] = "--restore-file"
+        options += RESET
+    short = ["--max-update", 6, "--total-num-update", 12, "--warmup-updates", 1, "--lr", 3e-4, "--disable-validation"]
     config = fairseq_train(data, tmp_path, *options, *short, "--no-save-optimizer-state")["cfg"]
     assert config["optimizer"]["sam_perturbation"] == ("instance" if run == "instance" else "batch")
     model, task = load(tmp_path / "checkpoint_last.pt", data)
     task.load_dataset("train")
-    accuracy, _ = accuracy_and_loss(model, task.dataset("train"))
-    assert accuracy > 80
+    accuracy, loss = accuracy_and_loss(model, task.dataset("train"))
+    assert accuracy > 85
+    assert loss < 0.7  # it begins at 1

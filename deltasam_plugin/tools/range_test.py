@@ -26,8 +26,8 @@ from deltasam_plugin.fairseq.optimizer import SharpnessAwareOptimizer
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
 from deltasam_plugin.fairseq.scalars import SHARPNESS
 
-# examples/sentiment learns with SAM at 0.05 and instance mode at 0.01. The range test shows 21 % and 26 % for them.
-# In earlier runs with label noise SAM at 0.1 (42 %) and instance mode at 0.02 (54 %) learned too, and instance mode at
+# examples/sentiment learns with SAM at 0.05 and instance mode at 0.01. The range test shows 20 % and 26 % for them.
+# In earlier runs with label noise SAM at 0.1 (40 %) and instance mode at 0.02 (54 %) learned too, and instance mode at
 # 0.05 (147 %) stayed at chance.
 RELATIVE_SHARPNESS = (0.2, 0.5)
 

@@ -84,6 +84,11 @@ def rows() -> list[Row]:
         return [Row.read(row) for row in csv.DictReader(file)]
 
 
+def slices(done: list[Row]) -> set[Slice]:
+    """Those whose results these are."""
+    return {Slice(row.task, row.noise, row.method, row.value, row.seed) for row in done}
+
+
 def wanted(done: list[Row], tasks: Collection[str] = tuple(TASKS)) -> Iterator[Slice]:
     """All slices of some tasks that can be run now, in order: tuning, then the chosen value with other seeds."""
     for case in ((name, noise) for name in tasks for noise in TASKS[name].noises):
@@ -101,14 +106,13 @@ def run(chosen: Slice) -> Row:
     """Train, and measure the last and the best checkpoint."""
     task = TASKS[chosen.task]
     command = chosen.command()
-    with task.trained(command) as (folder, logged, seconds):
-        scores = [task.measure(folder / name, Path(command[0]), chosen.phase == "final") for name in (LAST, BEST)]
-    sharpness = logged.get("train_sam_sharpness")
+    with task.trained(command) as left:
+        scores = [task.measure(left.folder / name, Path(command[0]), chosen.phase == "final") for name in (LAST, BEST)]
     return Row(
-        *(*chosen, chosen.phase, int(logged["train_num_updates"])),
+        *(*chosen, chosen.phase, int(left.logged["train_num_updates"])),
         *(score for of_checkpoint in scores for score in of_checkpoint),
-        None if sharpness is None else sharpness / logged["train_loss"],
-        seconds,
+        left.relative_sharpness,
+        left.cpu_seconds,
     )
 
 
@@ -135,7 +139,8 @@ def work(tasks: Collection[str], number: int, pause_file: Path | None) -> None:
                 if running.pop(ended).exception():
                     sys.exit(f"{ended} failed, see above. Run it again when this is fixed: it goes on where it was.")
             done = rows()
-            left = [s for s in wanted(done, tasks) if s not in {Slice(*row[:5]) for row in done} and s not in running]
+            begun = {*slices(done), *running}
+            left = [chosen for chosen in wanted(done, tasks) if chosen not in begun]
             if not left and not running:
                 return
             if left and len(running) < number and not (pause_file and pause_file.exists()):
@@ -160,7 +165,7 @@ def main() -> None:
         print(tables(rows()))
     elif arguments.list:
         done = rows()
-        known = {Slice(*row[:5]) for row in done}
+        known = slices(done)
         for chosen in wanted(done, arguments.tasks):
             print("done" if chosen in known else "left", *chosen)
     else:

@@ -69,10 +69,10 @@ def run(radius: Radius) -> None:
     """Train, measure, and keep the result."""
     print(*radius, flush=True)
     task, command = TASKS[radius.task], radius.command()
-    with task.trained(command) as (folder, logged, _):
-        valid, _, _ = task.measure(folder / LAST, Path(command[0]), False)
-    rise = logged.get("train_sam_sharpness")
-    cells = [f"{valid:.6g}", "" if rise is None else f"{rise / logged['train_loss']:.6g}"]
+    with task.trained(command) as left:
+        valid, _, _ = task.measure(left.folder / LAST, Path(command[0]), False)
+    rise = left.relative_sharpness
+    cells = [f"{valid:.6g}", "" if rise is None else f"{rise:.6g}"]
     append(RESULTS, [*Radius._fields, "valid", "relative_sharpness"], [[*radius, *cells]])
 
 

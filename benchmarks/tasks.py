@@ -48,6 +48,12 @@ class Trained(NamedTuple):
     logged: dict[str, float]
     cpu_seconds: float
 
+    @property
+    def relative_sharpness(self) -> float | None:
+        """The rise of the loss as a share of it; None for a base run."""
+        rise = self.logged.get("train_sam_sharpness")
+        return None if rise is None else rise / self.logged["train_loss"]
+
 
 @dataclass(frozen=True)
 class Task:

@@ -8,7 +8,7 @@ A slice is one training run of fairseq-train: a task (see tasks.py), a share of 
 method's own parameter, and a seed. Its result is one row of accuracy.csv, written when the run is complete. First every
 method is tried with three values of its parameter and seed 1 (phase "tuning"). The value with the best validation score
 after the last epoch, the least one among equals, is then trained with other seeds (phase "final"). Only these rows
-enter the report, and only they look at the test part.
+enter the report, and only they look at the test part. The radius grows over the first quarter of the usual updates.
 """
 
 from __future__ import annotations
@@ -36,22 +36,23 @@ BASE = "--optimizer adam --criterion {criterion}"
 DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion {criterion}"
 SAM = f"{DELTA_SAM} --sam-weighting uniform"
 INSTANCE = f"{DELTA_SAM} --sam-perturbation instance"
+WARMUP = "--sam-warmup-updates {warmup}"
 METHODS = {  # most important first
     "adam": Method(BASE, ()),
-    "sam": Method(f"{SAM} --sam-rho {{value}}", (0.05, 0.1, 0.2)),
-    "instance": Method(f"{INSTANCE} --sam-rho {{value}}", (0.01, 0.02, 0.05)),
-    "delta_sam": Method(f"{DELTA_SAM} --sam-rho {{value}}", (0.05, 0.1, 0.2)),
+    "sam": Method(f"{SAM} {WARMUP} --sam-rho {{value}}", (0.05, 0.1, 0.2)),
+    "instance": Method(f"{INSTANCE} {WARMUP} --sam-rho {{value}}", (0.01, 0.02, 0.05)),
+    "delta_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-rho {{value}}", (0.05, 0.1, 0.2)),
     "adam, twice the updates": Method(BASE, (), length=2),
     "adam, more dropout": Method(f"{BASE} --dropout {{value}}", (0.4, 0.5, 0.6)),
     "adam, moving average": Method(f"{BASE} --store-ema --ema-decay {{value}}", (0.98, 0.99, 0.995)),
-    "momentum_sam": Method(f"{DELTA_SAM} --sam-ascent momentum --sam-rho {{value}}", (0.1, 0.3, 1.0)),
-    "delta_sam, kl": Method(f"{DELTA_SAM} --sam-weighting kl --sam-rho {{value}}", (0.05, 0.1, 0.2)),
-    "instance, loss budget": Method(f"{INSTANCE} --sam-rho 0.1 --sam-loss-budget {{value}}", (0.03, 0.1, 0.3)),
-    "instance, groups of 4": Method(f"{INSTANCE} --sam-group 4 --sam-rho {{value}}", (0.02, 0.05, 0.1)),
-    "sam_on": Method(f"{SAM} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
-    "rw_sam": Method(f"{DELTA_SAM} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
+    "momentum_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-ascent momentum --sam-rho {{value}}", (0.1, 0.3, 1.0)),
+    "delta_sam, kl": Method(f"{DELTA_SAM} {WARMUP} --sam-weighting kl --sam-rho {{value}}", (0.05, 0.1, 0.2)),
+    "instance, loss budget": Method(f"{INSTANCE} {WARMUP} --sam-rho 0.1 --sam-loss-budget {{value}}", (0.03, 0.1, 0.3)),
+    "instance, groups of 4": Method(f"{INSTANCE} {WARMUP} --sam-group 4 --sam-rho {{value}}", (0.02, 0.05, 0.1)),
+    "sam_on": Method(f"{SAM} {WARMUP} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
+    "rw_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
-MAIN = ("adam", "sam", "instance", "delta_sam")
+MAIN = ("adam", "sam", "instance", "delta_sam")  # these come first, on every task
 FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
 
 
@@ -72,7 +73,7 @@ class Slice(NamedTuple):
     def command(self) -> list[str]:
         """The options of fairseq-train."""
         task, method = TASKS[self.task], METHODS[self.method]
-        options = method.options.format(value=self.value, criterion=task.criterion)
+        options = method.options.format(value=self.value, criterion=task.criterion, warmup=task.updates // 4)
         return task.command(self.noise, options, self.seed, method.length)
 
 
@@ -91,8 +92,11 @@ def slices(done: list[Row]) -> set[Slice]:
 
 def wanted(done: list[Row], tasks: Collection[str] = tuple(TASKS)) -> Iterator[Slice]:
     """All slices of some tasks that can be run now, in order: tuning, then the chosen value with other seeds."""
-    for case in ((name, noise) for name in tasks for noise in TASKS[name].noises):
-        for method in FEWER.get(case[0], METHODS):
+    cases = [(name, noise) for name in tasks for noise in TASKS[name].noises]
+    cases.sort(key=lambda case: -case[1])  # noise first: most is expected there
+    rest = [name for name in METHODS if name not in MAIN]
+    for case, methods in [(case, MAIN) for case in cases] + [(case, rest) for case in cases]:
+        for method in (name for name in methods if name in FEWER.get(case[0], METHODS)):
             values = METHODS[method].values
             for value in values:
                 yield Slice(*case, method, value, TUNING_SEED)

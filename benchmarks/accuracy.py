@@ -28,12 +28,13 @@ from typing import NamedTuple
 from benchmarks.study import Method, Row, append, best_value, tables
 from benchmarks.study_figure import draw
 from benchmarks.tasks import BEST, LAST, TASKS
+from examples.common import experiment
 
 RESULTS = Path(__file__).with_name("accuracy.csv")
 TUNING_SEED = 1
 
 BASE = "--optimizer adam --criterion {criterion}"
-DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion {criterion}"
+DELTA_SAM = f"{experiment.DELTA_SAM} {{criterion}}"
 SAM = f"{DELTA_SAM} --sam-weighting uniform"
 INSTANCE = f"{DELTA_SAM} --sam-perturbation instance"
 WARMUP = "--sam-warmup-updates {warmup}"

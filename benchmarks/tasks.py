@@ -25,6 +25,7 @@ from examples.sentiment import recipe as sentiment
 from examples.translation import recipe as translation
 
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+BY_ACCURACY = "--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"  # after each epoch
 
 
 class Scores(NamedTuple):
@@ -190,7 +191,7 @@ TASKS = {
     "sentiment": Task(
         title="sentiment from scratch",
         work=sentiment.WORK / "accuracy",
-        options=f"{sentiment.SHARED} --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric",
+        options=f"{sentiment.SHARED} {BY_ACCURACY}",
         criterion="sentence_prediction",
         updates=1060,  # 4 epochs
         noises=(0.3, 0.0),
@@ -201,7 +202,7 @@ TASKS = {
     "finetune": Task(
         title="sentiment fine-tuned on 500 sentences",
         work=finetune.WORK / "accuracy",
-        options=f"{finetune.SHARED} --best-checkpoint-metric accuracy --maximize-best-checkpoint-metric",
+        options=f"{finetune.SHARED} --validate-interval 1 {BY_ACCURACY}",
         criterion="sentence_prediction",
         updates=155,  # 5 epochs
         noises=(0.3, 0.0),

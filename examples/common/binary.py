@@ -1,11 +1,9 @@
 """Labelled sentences in fairseq's binary format, for the task sentence_prediction."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .experiment import program
+from .preprocess import preprocess
 from .reviews import Labelled
 
 
@@ -29,13 +27,5 @@ def binarize(folder: Path, dictionary: Path | None = None) -> Path:
         options = [option for name in splits for option in (f"--{name}pref", str(folder / f"{name}.{column}"))]
         if column == "input0" and dictionary is not None:
             options += ["--srcdict", str(dictionary)]
-        log = subprocess.run(
-            [program("fairseq-preprocess"), "--only-source", *options, "--destdir", str(folder / "data-bin" / column)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        if log.returncode:
-            sys.exit(f"{log.stdout}\nfairseq-preprocess failed on {column} (exit code {log.returncode}).")
+        preprocess(["--only-source", *options], folder / "data-bin" / column)
     return folder / "data-bin"

@@ -5,20 +5,20 @@ import sys
 from collections.abc import Callable
 
 from .evaluation import SHARPNESS_SENTENCES, evaluate
-from .experiment import Experiment, program, shown, table
+from .experiment import DELTA_SAM, Experiment, program, shown, table
 from .timing import UPDATES, measure, ratios
 from .training import train_all
 
 RHO = 0.05  # the plugin's default, not tuned; the sharpness of the final models is measured at this radius
 INSTANCE_RHO = 0.01  # about RHO / √B, B sentences in a batch; not tuned
 
-DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion sentence_prediction"
+BASE = "sentence_prediction"
 
 OPTIMIZERS = {
-    "adam": "--optimizer adam --criterion sentence_prediction",
-    "sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting uniform",
-    "delta_sam": f"{DELTA_SAM} --sam-rho {RHO} --sam-weighting curvature",
-    "instance": f"{DELTA_SAM} --sam-rho {INSTANCE_RHO} --sam-perturbation instance",
+    "adam": f"--optimizer adam --criterion {BASE}",
+    "sam": f"{DELTA_SAM} {BASE} --sam-rho {RHO} --sam-weighting uniform",
+    "delta_sam": f"{DELTA_SAM} {BASE} --sam-rho {RHO} --sam-weighting curvature",
+    "instance": f"{DELTA_SAM} {BASE} --sam-rho {INSTANCE_RHO} --sam-perturbation instance",
 }
 
 TITLES = ("run", "valid acc %", "test acc %", "test loss", "sharpness", "s/update : adam, median (min-max)")

@@ -10,6 +10,8 @@ from pathlib import Path
 # One thread for each run: the matrices are too small for two threads, and the runs train side by side.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
+DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion"  # and its name
+
 
 @dataclass(frozen=True)
 class Experiment:

@@ -18,6 +18,7 @@ from statistics import median
 from .experiment import ENVIRONMENT, Experiment
 
 UPDATES = 5  # in one block
+WARM_UP = 16  # updates before the first round: in the first 16 batches instance mode checks itself by further passes
 
 Seconds = dict[str, list[float]]  # per update, one value a round, for each run
 
@@ -49,7 +50,7 @@ def alternate(experiment: Experiment) -> Seconds:
     seconds: Seconds = {run: [] for run in workers}
     for turn in range(-1, experiment.timing_rounds):  # the first round warms up
         for run, worker in workers.items():
-            worker.send(UPDATES)
+            worker.send(UPDATES if turn >= 0 else WARM_UP)
             taken = worker.recv()
             if turn >= 0:
                 seconds[run].append(taken / UPDATES)

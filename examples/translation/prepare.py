@@ -5,7 +5,6 @@ Results are written under a temporary name and renamed when they are complete.
 
 import hashlib
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -13,7 +12,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from ..common.experiment import program, shown
+from ..common.experiment import shown
+from ..common.preprocess import preprocess
 from .corpus import Pair, dictionary_pairs, help_pairs, line_pairs
 from .debian import fetch, unpack
 from .recipe import DATA, WORK
@@ -154,16 +154,7 @@ def binarize(folder: Path) -> None:
     """Run fairseq-preprocess on the pieces, with one vocabulary for both sides."""
     prefixes = [option for name in SPLITS for option in (f"--{name}pref", str(folder / name))]
     languages = ["--source-lang", "source", "--target-lang", "target", "--joined-dictionary"]
-    log = subprocess.run(
-        [program("fairseq-preprocess"), *languages, *prefixes, "--destdir", str(folder / "data-bin")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    if log.returncode:
-        sys.exit(f"{log.stdout}\nfairseq-preprocess failed (exit code {log.returncode}).")
-    (folder / "data-bin" / "preprocess.log").unlink(missing_ok=True)  # it names the temporary folder
+    preprocess([*languages, *prefixes], folder / "data-bin")
 
 
 if __name__ == "__main__":

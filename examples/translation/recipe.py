@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..common.experiment import Experiment
+from ..common.experiment import DELTA_SAM, Experiment
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
@@ -24,12 +24,11 @@ SHARED = f"""
 """
 
 BASE = "label_smoothed_cross_entropy"
-DELTA_SAM = f"--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion {BASE}"
 
 OPTIMIZERS = {
     "adam": f"--optimizer adam --criterion {BASE}",
-    "sam": f"{DELTA_SAM} --sam-weighting uniform",
-    "delta_sam": f"{DELTA_SAM} --sam-weighting curvature",
+    "sam": f"{DELTA_SAM} {BASE} --sam-weighting uniform",
+    "delta_sam": f"{DELTA_SAM} {BASE} --sam-weighting curvature",
 }
 
 COMMON = [str(DATA), "--user-dir", str(PLUGIN), *SHARED.split()]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ from scipy import stats
 from benchmarks import accuracy
 from benchmarks.accuracy import FEWER, METHODS, TUNING_SEED, Slice, wanted
 from benchmarks.study import Row, best_value, differences, holm, interval, tables
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import TASKS, Task
 from examples.common.reviews import flipped
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
@@ -160,19 +158,14 @@ def test_no_slice_starts_while_the_pause_file_exists(
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str, Path]) -> Path:
-    """The study on toy data, two updates a run."""
-    folder = tmp_path / "toy"
-    shutil.copytree(sentence_data["class"], folder)
-    for file in folder.glob("*/valid.*"):
-        shutil.copy(file, file.with_name(file.name.replace("valid", "test")))
-    task = replace(TASKS["sentiment"], data=lambda noise: folder, updates=2, work=tmp_path / "work")
-    monkeypatch.setitem(TASKS, "sentiment", task)
-    return folder
+def toy(monkeypatch: pytest.MonkeyPatch, toy_task: Task) -> Task:
+    """The study on toy data."""
+    monkeypatch.setitem(TASKS, "sentiment", toy_task)
+    return toy_task
 
 
 @pytest.mark.parametrize(("method", "seed"), [("adam", 2), ("sam_on", TUNING_SEED)])
-def test_a_slice_trains_and_measures(toy: Path, method: str, seed: int) -> None:
+def test_a_slice_trains_and_measures(toy: Task, method: str, seed: int) -> None:
     value = METHODS[method].values[0] if METHODS[method].values else None
     found = accuracy.run(Slice("sentiment", 0.3, method, value, seed))
     assert (found.method, found.phase, found.updates) == (method, "tuning" if seed == TUNING_SEED else "final", 2)
@@ -180,10 +173,11 @@ def test_a_slice_trains_and_measures(toy: Path, method: str, seed: int) -> None:
     assert found.cpu_seconds > 0
     assert (found.relative_sharpness is not None) == (method == "sam_on")
     assert (found.test_last is None) == (found.test_loss_best is None) == (seed == TUNING_SEED)
-    assert list((toy.parent / "work").iterdir()) == []  # nothing is left behind
+    assert list(toy.work.iterdir()) == []  # nothing is left behind
 
 
-def test_of_a_moving_average_the_average_is_measured(toy: Path) -> None:
+@pytest.mark.usefixtures("toy")
+def test_of_a_moving_average_the_average_is_measured() -> None:
     one, other, none = (accuracy.run(Slice("sentiment", 0.3, *chosen, 2)).test_loss_last for chosen in
                         (("adam", None), ("adam, moving average", 0.5), ("adam, moving average", 0.0)))  # fmt: skip
     assert other != one

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import radii
 from benchmarks.radii import GRIDS, Radius
-from benchmarks.tasks import TASKS
+from benchmarks.tasks import Task
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sentence_data: dict[str, Path]) -> Path:
-    """One task, two updates a run."""
-    folder = tmp_path / "toy"
-    shutil.copytree(sentence_data["class"], folder)
-    task = replace(TASKS["sentiment"], data=lambda noise: folder, updates=2, work=tmp_path / "work")
-    monkeypatch.setattr(radii, "TASKS", {"sentiment": task})
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toy_task: Task) -> None:
+    """The grid on one toy task."""
+    monkeypatch.setattr(radii, "TASKS", {"sentiment": toy_task})
     monkeypatch.setattr(radii, "RESULTS", tmp_path / "radii.csv")
-    return folder
 
 
-def test_a_run_of_the_base_alone_and_of_each_mode(toy: Path) -> None:
+@pytest.mark.usefixtures("toy")
+def test_a_run_of_the_base_alone_and_of_each_mode() -> None:
     chosen = [Radius("sentiment", "batch", 0.0), *(Radius("sentiment", mode, grid[0]) for mode, grid in GRIDS.items())]
     for radius in chosen:
         assert radius in radii.radii()

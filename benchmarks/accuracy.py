@@ -53,7 +53,7 @@ METHODS = {  # most important first
     "sam_on": Method(f"{SAM} {WARMUP} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
     "rw_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
-MAIN = ("adam", "sam", "instance", "delta_sam")  # these come first, on every task
+MAIN = ("adam", "sam", "instance", "delta_sam")
 FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
 
 
@@ -93,18 +93,29 @@ def slices(done: list[Row]) -> set[Slice]:
 
 def wanted(done: list[Row], tasks: Collection[str] = tuple(TASKS)) -> Iterator[Slice]:
     """All slices of some tasks that can be run now, in order: tuning, then the chosen value with other seeds."""
-    cases = [(name, noise) for name in tasks for noise in TASKS[name].noises]
-    cases.sort(key=lambda case: -case[1])  # noise first: most is expected there
-    rest = [name for name in METHODS if name not in MAIN]
-    for case, methods in [(case, MAIN) for case in cases] + [(case, rest) for case in cases]:
-        for method in (name for name in methods if name in FEWER.get(case[0], METHODS)):
-            values = METHODS[method].values
-            for value in values:
-                yield Slice(*case, method, value, TUNING_SEED)
-            tried = [row for row in done if (row.task, row.noise, row.method, row.phase) == (*case, method, "tuning")]
-            if len(tried) == len(values):
-                for seed in TASKS[case[0]].seeds:
-                    yield Slice(*case, method, best_value(tried), seed)
+    for task, noise, method in sorted(studied(tasks), key=_rank):
+        values = METHODS[method].values
+        for value in values:
+            yield Slice(task, noise, method, value, TUNING_SEED)
+        tried = [row for row in done if (row.task, row.noise, row.method, row.phase) == (task, noise, method, "tuning")]
+        if len(tried) == len(values):
+            for seed in TASKS[task].seeds:
+                yield Slice(task, noise, method, best_value(tried), seed)
+
+
+def studied(tasks: Collection[str]) -> Iterator[tuple[str, float, str]]:
+    """Task, share of flipped labels and method of all that is compared."""
+    for task in tasks:
+        for noise in TASKS[task].noises:
+            for method in FEWER.get(task, METHODS):
+                yield task, noise, method
+
+
+def _rank(compared: tuple[str, float, str]) -> tuple[int, float]:
+    """What matters most comes first: the first three methods, then the fourth; noisy labels before clean ones."""
+    _, noise, method = compared
+    stage = 2 if method not in MAIN else int(method == MAIN[-1])
+    return stage, -noise
 
 
 def run(chosen: Slice) -> Row:

@@ -103,6 +103,14 @@ def test_a_task_can_have_fewer_methods_and_be_run_alone() -> None:
     assert list(dict.fromkeys(chosen.method for chosen in found)) == list(FEWER["translation"])
 
 
+def test_what_matters_most_comes_first() -> None:
+    order = list(dict.fromkeys((chosen.method in accuracy.MAIN, -chosen.noise) for chosen in wanted([])))
+    assert order[0] == (True, -0.3)
+    assert [is_main for is_main, _ in order] == sorted((is_main for is_main, _ in order), reverse=True)
+    first = [chosen.task for chosen in wanted([]) if chosen.method == "adam"]
+    assert list(dict.fromkeys(first)) == list(TASKS)
+
+
 def test_tables_show_what_was_not_for_tuning() -> None:
     rows = [row("adam", seed, None, 70 + seed) for seed in SEEDS]
     rows += [row("sam", seed, 0.1, 73 + 1.5 * seed) for seed in SEEDS]

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
+from fairseq import utils
 from scipy import optimize, stats
 from torch import Tensor
 
@@ -279,8 +280,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[16])
     parser.add_argument("--rho", type=float, nargs="+", default=[Settings().radius])
     parser.add_argument("--batches", type=int, default=8, help="for each case")
+    parser.add_argument("--user-dir", help="your own fairseq components, if the checkpoints need them")
     parser.add_argument("--report", action="store_true", help="print the tables of what was measured")
     given = parser.parse_args()
+    utils.import_user_module(given)
     for named in given.checkpoints:
         name, _, path = named.partition("=")
         checkpoint = load(Path(path), given.data, cpu=True)

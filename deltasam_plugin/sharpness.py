@@ -20,7 +20,7 @@ from fairseq import utils
 
 from deltasam_plugin.tools import sharpness_plot
 from deltasam_plugin.tools.checkpoints import load
-from deltasam_plugin.tools.console import Parser, console, count, labels, radius, table
+from deltasam_plugin.tools.console import Parser, console, count, labels, one_line_for, radius, table
 from deltasam_plugin.tools.profile import Profile, measure
 
 PROGRAM = "deltasam-sharpness"
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure_all(given: Namespace) -> list[Profile]:
     """Measure the checkpoints on the same samples, one after another."""
-    utils.import_user_module(given)
+    with one_line_for(f"Cannot import {given.user_dir} (--user-dir)"):
+        utils.import_user_module(given)
     profiles: list[Profile] = []
     limits = None
     for path, label in zip(given.path, labels(given.path)):

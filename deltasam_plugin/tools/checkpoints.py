@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.models import ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+from fairseq.tasks import TASK_REGISTRY
 from torch import nn
 
 from deltasam_plugin.fairseq.base_options import NAME
@@ -119,6 +122,7 @@ def load(path: Path, data: str, cpu: bool = False) -> Checkpoint:
     overrides = {"data": data}
     with one_line_for(f"{path} (--path) is no whole checkpoint of fairseq"):
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
+        _check_components(state["cfg"], path)
     with one_line_for(f"Cannot set up the model of {path} on {data}"):
         (model,), config, task = checkpoint_utils.load_model_ensemble_and_task([str(path)], overrides, state=state)
         for layer in model.modules():
@@ -136,3 +140,20 @@ def load(path: Path, data: str, cpu: bool = False) -> Checkpoint:
             criterion.load_state_dict(state["criterion"])
     device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
     return Checkpoint(task, model.eval().to(device), criterion.eval().to(device), name, losses, config, device)
+
+
+def _check_components(config: Any, path: Path) -> None:
+    """Refuse a checkpoint whose components are in a user-dir that was not imported.
+
+    Raises:
+        BadInput: fairseq does not know its task, model or criterion.
+    """
+    known = {"task": TASK_REGISTRY, "model": {**ARCH_MODEL_REGISTRY, **MODEL_REGISTRY}, "criterion": CRITERION_REGISTRY}
+    for kind, registry in known.items():
+        name, folder = option(config, kind, "_name"), option(config, "common", "user_dir")
+        if name not in registry:
+            trained = f" It was trained with --user-dir {folder}." if folder else ""
+            raise BadInput(
+                f"{path} (--path): fairseq has no {kind} {name!r}.{trained} Name the folder that registers it, by "
+                "--user-dir."
+            )

@@ -188,6 +188,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"The part 'valid' of .* has no samples that this model takes\. Choose another: ",
     ),
     "criterion": ({"path": "{model}"}, r"Criterion 'model' \(--base-criterion\) gives no per-sample losses: "),
+    "unknown model": (
+        {"path": "{mine}"},
+        r"mine\.pt \(--path\): fairseq has no model 'mine'\. It was trained with --user-dir old/place\. Name",
+    ),
+    "unknown criterion": (
+        {"path": "{theirs}"},
+        r"theirs\.pt \(--path\): fairseq has no criterion 'theirs'\. Name the fold",
+    ),
+    "no user-dir": ({"--user-dir": "nowhere"}, r"Cannot import nowhere \(--user-dir\): "),
     "radius": ({"--radii": "-1"}, r"argument --radii: '-1' is no radius\. Must be a finite number > 0"),
     "count": ({"--max-batches": "0"}, r"argument --max-batches: '0' is no count\. Must be an integer >= 1"),
     "format": ({"--plot": "figure.bmp"}, r"Invalid --plot figure\.bmp\. Its name must end with \.pdf, \.png, \.svg\."),
@@ -210,11 +219,17 @@ def test_bad_input_gets_one_line(
     state = torch.load(runs["base"])
     state["cfg"]["task"]["max_source_positions"] = 1
     torch.save(state, tmp_path / "short.pt")
+    state = torch.load(runs["base"])
+    state["cfg"]["common"]["user_dir"], state["cfg"]["model"]._name = "old/place", "mine"
+    torch.save(state, tmp_path / "mine.pt")
+    state = torch.load(runs["base"])
+    state["cfg"]["common"]["user_dir"], state["cfg"]["criterion"] = None, {"_name": "theirs"}
+    torch.save(state, tmp_path / "theirs.pt")
     (tmp_path / "empty").mkdir()
     for file in translation_data.iterdir():
         (tmp_path / "empty" / file.name).write_bytes(file.read_bytes())
     empty_dataset(tmp_path / "empty")
-    names = {name: str(tmp_path / f"{name}.pt") for name in ("torn", "foreign", "model", "short")}
+    names = {name: str(tmp_path / f"{name}.pt") for name in ("torn", "foreign", "model", "short", "mine", "theirs")}
     names["empty"] = str(tmp_path / "empty")
     changed = {key: value.format(**names) for key, value in changed.items()}
     path = changed.pop("path", runs["base"])

@@ -90,18 +90,20 @@ def suggestions(task: Task) -> str:
     return done.stdout.strip()
 
 
+def grid(name: str) -> str:
+    """The table of one task's runs."""
+    found = results()
+    rows: list[tuple[str, ...]] = [("mode", "ρ", "validation", "rise in the last epoch")]
+    for radius in (radius for radius in radii() if radius.task == name and radius in found):
+        valid, rise = found[radius].values()
+        mode = radius.mode if radius.rho else "adam"
+        rows.append((mode, f"{radius.rho:g}", f"{valid:.3f}", "" if rise is None else f"{rise:.1%}"))
+    return table(rows)
+
+
 def report() -> str:
     """For each task: the grid, and what find_rho printed."""
-    found = results()
-    parts = []
-    for name, task in TASKS.items():
-        rows: list[tuple[str, ...]] = [("mode", "ρ", "validation", "rise in the last epoch")]
-        for radius in (radius for radius in radii() if radius.task == name and radius in found):
-            valid, rise = found[radius].values()
-            mode = radius.mode if radius.rho else "adam"
-            rows.append((mode, f"{radius.rho:g}", f"{valid:.3f}", "" if rise is None else f"{rise:.1%}"))
-        parts.append(f"{task.title}\n\n{table(rows)}\n\n{suggestions(task)}")
-    return "\n\n".join(parts)
+    return "\n\n".join(f"{task.title}\n\n{grid(name)}\n\n{suggestions(task)}" for name, task in TASKS.items())
 
 
 def main() -> None:

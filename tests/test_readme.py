@@ -19,7 +19,9 @@ from fairseq.criterions import CRITERION_DATACLASS_REGISTRY
 from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
-from benchmarks import fidelity
+from benchmarks import accuracy, fidelity, radii
+from benchmarks.study import tables
+from benchmarks.tasks import TASKS
 from deltasam_plugin import find_rho, report, sharpness
 from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.measures import MEASURES
@@ -363,6 +365,21 @@ def test_fidelity_is_that_of_the_file_of_measurements() -> None:
     assert f"`curvature`, is a little farther on average in {farther} of them" in results
     assert f"comes nearer in all {found['groups of 2']['nearer on average']}" in results
     assert all(found[name]["nearer, corrected"] == "0" for name in BUILT_IN_WEIGHTINGS if name != "uniform")
+
+
+def test_accuracies_are_those_of_the_file_of_results() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    printed = tables(accuracy.rows())
+    assert printed.count("|") > 20
+    assert printed in page
+
+
+def test_the_grid_over_the_radius_is_that_of_the_file_of_results() -> None:
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    found = radii.results()
+    assert len(found) > 10
+    for task in dict.fromkeys(radius.task for radius in found):
+        assert f"{TASKS[task].title}\n\n{radii.grid(task)}\n" in page
 
 
 def test_costs_of_methods_are_those_of_the_table_of_choices() -> None:

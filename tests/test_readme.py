@@ -31,9 +31,11 @@ from deltasam_plugin.fairseq.scalars import MEANINGS
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import DEFAULT_RHO
 from examples.common.classification import OPTIMIZERS, TITLES
+from examples.sentiment import prepare
+from examples.sentiment.recipe import SHARED
 from tests.helpers.registries import BUILT_IN_LOSSES, BUILT_IN_WEIGHTINGS
 from tests.helpers.runs import SENTENCES as ROBERTA_RUN
-from tests.helpers.runs import SMOOTHED, fairseq_train
+from tests.helpers.runs import SMOOTHED, fairseq_train, scalars
 from tests.recipes.all_recipes import ALL, TRAINS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,11 +51,12 @@ BLOCKS = {  # by name: the language of the block, and what it alone contains
     "hydra": ("bash", "fairseq-hydra-train"),
     "example": ("python", "DeltaSAM("),
     "its output": ("text", "step 60"),
-    "find_rho": ("bash", "deltasam_plugin.find_rho"),
+    "path": ("bash", "--output page.html"),
+    "find_rho": ("bash", "find_rho -- fairseq-train DATA …\n"),
     "its suggestion": ("text", "suggestion"),
     "sharpness": ("bash", "deltasam_plugin.sharpness"),
     "its table": ("text", "per sample"),
-    "report": ("bash", "deltasam_plugin.report"),
+    "report": ("bash", "writes report.html"),
     "criterion": ("python", "per_sample_losses"),
     "weighting": ("python", "deltasam_plugin.weighting("),
     "citation": ("bibtex", "zhou-etal-2022-sharpness"),
@@ -190,6 +193,22 @@ def test_instruments(translation_data: Path, tmp_path: Path) -> None:
     command = block("sharpness").replace("DATA", str(translation_data))
     assert frame(shell(command, tmp_path)) == frame(block("its table"))
     assert {row["checkpoint"] for row in rows(block("its table"), "ρ")} == OPTIMIZERS.keys()
+
+
+@pytest.mark.slow  # downloads the text
+def test_the_path_of_a_new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the data of `make example`, for three updates."""
+    monkeypatch.setattr(prepare, "WORK", tmp_path)
+    monkeypatch.setattr(prepare, "DATA", tmp_path / "data-bin")
+    prepare.main()
+    options = f"{tmp_path / 'data-bin'} {shlex.join(SHARED.split())} --max-update 3 --log-interval 1"
+    command = block("path").replace("DATA …", options).replace("find_rho", "find_rho --updates 3 --batches 2")
+    suggestion, _, page = shell(command, tmp_path).partition("This is a suggestion, not a promise.\n")
+    assert re.search(r"^batch: --sam-perturbation batch --sam-rho [\d.]+ to [\d.]+$", suggestion, re.MULTILINE)
+    assert page.endswith("page.html: 2 runs\n")
+    assert "sharpness" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    for run in ("adam", "sam"):
+        assert len(scalars(tmp_path / "runs" / run, "loss")["loss"]) == 3
 
 
 def test_report(sentence_data: dict[str, Path], tmp_path: Path) -> None:

@@ -389,8 +389,15 @@ def test_fidelity_is_that_of_the_file_of_measurements() -> None:
 def test_accuracies_are_those_of_the_file_of_results() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
     printed = tables(accuracy.rows())
-    assert printed.count("|") > 20
     assert printed in page
+    full = {
+        title: rows(f"{text}\n", "training") for title, text in re.findall(r"^(.+):\n\n((?:\|.*\n?)+)", printed, re.M)
+    }
+    shown = rows(README, "task")
+    assert len(shown) > 2
+    for row in shown:
+        (measured,) = (own for own in full[row.pop("task")] if own["training"] == row["training"])
+        assert row.items() <= measured.items()
 
 
 def test_the_grid_over_the_radius_is_that_of_the_file_of_results() -> None:

@@ -28,13 +28,13 @@ from typing import NamedTuple
 from benchmarks.study import Method, Row, append, best_value, tables
 from benchmarks.study_figure import draw
 from benchmarks.tasks import BEST, LAST, TASKS
-from examples.common import experiment
+from examples.common.experiment import delta_sam
 
 RESULTS = Path(__file__).with_name("accuracy.csv")
 TUNING_SEED = 1
 
 BASE = "--optimizer adam --criterion {criterion}"
-DELTA_SAM = f"{experiment.DELTA_SAM} {{criterion}}"
+DELTA_SAM = delta_sam("{criterion}")
 SAM = f"{DELTA_SAM} --sam-weighting uniform"
 INSTANCE = f"{DELTA_SAM} --sam-perturbation instance"
 WARMUP = "--sam-warmup-updates {warmup}"
@@ -53,7 +53,8 @@ METHODS = {  # most important first
     "sam_on": Method(f"{SAM} {WARMUP} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
     "rw_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
-MAIN = ("adam", "sam", "instance", "delta_sam")
+FIRST = ("adam", "sam", "instance")  # these are run on every task before the next one
+MAIN = (*FIRST, "delta_sam")
 FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
 
 
@@ -111,11 +112,10 @@ def studied(tasks: Collection[str]) -> Iterator[tuple[str, float, str]]:
                 yield task, noise, method
 
 
-def _rank(compared: tuple[str, float, str]) -> tuple[int, float]:
-    """What matters most comes first: the first three methods, then the fourth; noisy labels before clean ones."""
+def _rank(compared: tuple[str, float, str]) -> tuple[bool, bool, float]:
+    """What matters most comes first; of the same methods, noisy labels before clean ones."""
     _, noise, method = compared
-    stage = 2 if method not in MAIN else int(method == MAIN[-1])
-    return stage, -noise
+    return method not in MAIN, method not in FIRST, -noise
 
 
 def run(chosen: Slice) -> Row:

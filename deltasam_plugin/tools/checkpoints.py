@@ -149,10 +149,11 @@ def _check_components(config: Any, path: Path) -> None:
         BadInput: fairseq does not know its task, model or criterion.
     """
     known = {"task": TASK_REGISTRY, "model": {**ARCH_MODEL_REGISTRY, **MODEL_REGISTRY}, "criterion": CRITERION_REGISTRY}
+    folder = option(config, "common", "user_dir")
+    trained = f" It was trained with --user-dir {folder}." if folder else ""
     for kind, registry in known.items():
-        name, folder = option(config, kind, "_name"), option(config, "common", "user_dir")
+        name = option(config, kind, "_name")
         if name not in registry:
-            trained = f" It was trained with --user-dir {folder}." if folder else ""
             raise BadInput(
                 f"{path} (--path): fairseq has no {kind} {name!r}.{trained} Name the folder that registers it, by "
                 "--user-dir."

@@ -10,8 +10,6 @@ from pathlib import Path
 # One thread for each run: the matrices are too small for two threads, and the runs train side by side.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-DELTA_SAM = "--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion"  # and its name
-
 
 @dataclass(frozen=True)
 class Experiment:
@@ -49,6 +47,11 @@ class Experiment:
             except BlockingIOError:
                 sys.exit(f"Another process works in {shown(self.work)}. Wait for it, or end it, and run again.")
             yield lock.fileno()
+
+
+def delta_sam(criterion: str) -> str:
+    """Return the options of fairseq-train for δ-SAM around Adam and a criterion."""
+    return f"--optimizer delta_sam --base-optimizer adam --criterion delta_sam --base-criterion {criterion}"
 
 
 def program(name: str) -> str:

@@ -16,7 +16,7 @@ def preprocess(options: Iterable[str], folder: Path) -> None:
         folder: where the binary data go.
 
     Raises:
-        SystemExit: it has failed; the message ends with what it printed.
+        SystemExit: it has failed; the message begins with what it printed.
     """
     command = [program("fairseq-preprocess"), *options, "--destdir", str(folder)]
     log = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..common.experiment import DELTA_SAM, Experiment
+from ..common.experiment import Experiment, delta_sam
 
 HERE = Path(__file__).resolve().parent
 PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
@@ -24,11 +24,12 @@ SHARED = f"""
 """
 
 BASE = "label_smoothed_cross_entropy"
+DELTA_SAM = delta_sam(BASE)
 
 OPTIMIZERS = {
     "adam": f"--optimizer adam --criterion {BASE}",
-    "sam": f"{DELTA_SAM} {BASE} --sam-weighting uniform",
-    "delta_sam": f"{DELTA_SAM} {BASE} --sam-weighting curvature",
+    "sam": f"{DELTA_SAM} --sam-weighting uniform",
+    "delta_sam": f"{DELTA_SAM} --sam-weighting curvature",
 }
 
 COMMON = [str(DATA), "--user-dir", str(PLUGIN), *SHARED.split()]

@@ -53,8 +53,7 @@ METHODS = {  # most important first
     "sam_on": Method(f"{SAM} {WARMUP} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
     "rw_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
-FIRST = ("adam", "sam", "instance")  # these are run on every task before the next one
-MAIN = (*FIRST, "delta_sam")
+MAIN = ("adam", "sam", "instance", "delta_sam")  # these are run on every task before the others
 FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
 
 
@@ -112,10 +111,10 @@ def studied(tasks: Collection[str]) -> Iterator[tuple[str, float, str]]:
                 yield task, noise, method
 
 
-def _rank(compared: tuple[str, float, str]) -> tuple[bool, bool, float]:
-    """What matters most comes first; of the same methods, noisy labels before clean ones."""
+def _rank(compared: tuple[str, float, str]) -> tuple[bool, float]:
+    """What matters most comes first: of the main methods, then of the others, noisy labels before clean ones."""
     _, noise, method = compared
-    return method not in MAIN, method not in FIRST, -noise
+    return method not in MAIN, -noise
 
 
 def run(chosen: Slice) -> Row:

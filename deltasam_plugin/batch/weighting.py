@@ -101,9 +101,12 @@ def kl(magnitudes: Tensor, probes: int) -> Tensor:
     r""":math:`v_i \propto u^\top G_i u`, with the Gauss-Newton matrix Gᵢ: the curvature of the predicted distributions.
 
     To second order it is twice the Kullback-Leibler divergence between the predictions at w and at w + σu. It is
-    never negative, and no cancellation loses digits.
+    never negative, and no cancellation loses digits. u is of random signs: the mean is the trace of Gᵢ, as with
+    Gaussian numbers, and its variance is less.
 
-    Reference: Martens. New Insights and Perspectives on the Natural Gradient Method. JMLR 2020 (the matrix).
+    References: Martens. New Insights and Perspectives on the Natural Gradient Method. JMLR 2020 (the matrix).
+    Hutchinson. A Stochastic Estimator of the Trace of the Influence Matrix for Laplacian Smoothing Splines.
+    Communications in Statistics 1989 (the signs).
     """
     return magnitudes.square()
 

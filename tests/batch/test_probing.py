@@ -15,11 +15,12 @@ from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.measures import DEVIATIONS, MEASURES
 from deltasam_plugin.batch.probing import dither, probe, random_signs, standard_normal
 from deltasam_plugin.batch.weighting import WEIGHTINGS, sample_weights
-from deltasam_plugin.loss import Objective
+from deltasam_plugin.loss import Logits, Objective
 from deltasam_plugin.precision import Rounding
 from tests.helpers.directions import direction_of
 
 SECOND, FIRST = MEASURES["second_difference"], MEASURES["first_difference"]
+LOGIT = MEASURES["logit_change"]
 DOUBLE, HALF = Rounding(torch.float64, 2.0**-52), Rounding(torch.float16, 2.0**-10)
 SEEDS = st.integers(0, 2**62)
 SCALES = st.sampled_from([1e-3, 0.1, 1.0, 50.0])
@@ -118,6 +119,25 @@ def test_first_differences_of_affine_losses_are_products_of_slope_and_displaceme
         expected = scale * parameter.detach().norm() / math.sqrt(3) * (slopes @ z)
         slack = 1e4 * rounding[number] + 1e-12 * scale + 1e-13  # the terms of a loss of zero are rounded, too
         assert ((differences[number] - expected).abs() <= slack).all()
+
+
+# --- logits
+
+
+@given(arrays(4, 1, 8), arrays(4, 1, 8), SEEDS, SEEDS)
+def test_one_probe_finds_the_trace_of_a_diagonal_gauss_newton_matrix(weights, factors, seed, other):
+    """Each of four predictions has one parameter of its own: Gᵢ has one element, fᵢ² p(1 − p)."""
+    parameter = torch.nn.Parameter(weights / 8)
+
+    def forward():
+        logits = torch.stack([factors * parameter, torch.zeros(4)], dim=1)
+        return Objective(torch.zeros(()), torch.zeros(4), logits=Logits.by_sample(logits.detach()))
+
+    expected = factors.square() * torch.sigmoid(factors * parameter.detach()).mul(torch.sigmoid(-factors * parameter))
+    for start in (seed, other):
+        found = probe(forward, forward(), [PerturbedParameter(parameter)], LOGIT, 1, 0.1, start, rounding=DOUBLE)[0]
+        sigma = 0.1 * parameter.detach().norm() / 2
+        torch.testing.assert_close(found[0].square() / sigma**2, expected.detach(), rtol=1e-6, atol=0)
 
 
 # --- the direction

@@ -53,7 +53,7 @@ METHODS = {  # most important first
     "sam_on": Method(f"{SAM} {WARMUP} --sam-parameters layer_norm --sam-rho {{value}}", (0.1, 0.2, 0.5)),
     "rw_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
-MAIN = ("adam", "sam", "instance", "delta_sam")  # these are run on every task before the others
+MAIN = ("adam", "sam", "instance", "delta_sam", "adam, twice the updates")  # these are run on every task first
 FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
 
 

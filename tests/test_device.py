@@ -14,7 +14,7 @@ from torch import nn
 
 from benchmarks.launches import METHODS, in_python, tasks
 from deltasam_plugin import DeltaSAM
-from deltasam_plugin.batch import displacement
+from deltasam_plugin.batch import norms
 from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
 from deltasam_plugin.modes import Perturbations
 from deltasam_plugin.replay import RandomState
@@ -76,7 +76,7 @@ def weights(steps: Iterator[Any]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("mode", MODES)
 def test_same_weights_as_on_the_cpu(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RandomState, "seed", lambda self: 1234)  # of the probes: it depends on the device's generator
-    monkeypatch.setattr(displacement, "_unscaled_norm", lambda value: torch.tensor(math.nan))  # only a CPU takes it
+    monkeypatch.setattr(norms, "_unscaled_norm", lambda value: torch.tensor(math.nan))  # only a CPU takes it
     on_cpu = weights(updates(mode))
     rehearsal = Rehearsal()
     with rehearsal.active():

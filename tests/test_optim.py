@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deltasam_plugin import DeltaSAM
-from deltasam_plugin.batch.displacement import global_norm
+from deltasam_plugin.batch.norms import global_norm
 from tests.helpers.registries import BUILT_IN_WEIGHTINGS
 
 SGD = torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}

@@ -10,6 +10,7 @@ r"""One perturbation for the whole batch (``--sam-perturbation batch``).
 ``descent.py``          from the gradients at w and at w + ε to the one that is handed over
 ``orthogonal.py``       the part of a vector that is orthogonal to another
 ``displacement.py``     move parameters, and restore them bit for bit
+``norms.py``             norms of many tensors, in few kernels
 ``workers.py``          data-parallel workers that share one perturbation
 ======================  ==================================================================
 """

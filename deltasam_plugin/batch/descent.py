@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import dense
+from deltasam_plugin.batch.norms import dense
 from deltasam_plugin.batch.orthogonal import orthogonal_part
 
 Descend = Callable[[Sequence[Tensor], Sequence[Tensor], float], list[Tensor]]

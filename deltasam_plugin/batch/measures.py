@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import lot_size
+from deltasam_plugin.batch.norms import lot_size
 from deltasam_plugin.loss import Logits, Objective
 from deltasam_plugin.precision import at_least_float32
 

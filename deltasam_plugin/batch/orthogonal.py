@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import dense, global_norm
+from deltasam_plugin.batch.norms import dense, global_norm
 
 
 def orthogonal_part(vectors: Sequence[Tensor | None], onto: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, global_norm, mirror, restored
+from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, mirror, restored
 from deltasam_plugin.batch.measures import Measure, measured_floor
+from deltasam_plugin.batch.norms import global_norm
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import Rounding, at_least_float32
 

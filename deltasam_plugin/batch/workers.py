@@ -16,7 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, dense
+from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.norms import dense
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fairseq.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from deltasam_plugin.batch.displacement import global_norm
+from deltasam_plugin.batch.norms import global_norm
 from deltasam_plugin.fairseq.errors import one_message
 from deltasam_plugin.fairseq.optimizer import SharpnessAwareOptimizer
 from deltasam_plugin.fairseq.refusals import refuse_unsupported

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltasam_plugin.batch import displacement
+from deltasam_plugin.batch import displacement, norms
 from deltasam_plugin.batch.displacement import (
     PerturbedParameter,
     ascended,
     displace,
-    global_norm,
     originals_of_rewritten,
     restored,
 )
+from tests.helpers.drawn_tensors import ELEMENTS, arrays, norm_of
 
 INTEGERS = {
     torch.float64: torch.int64,
@@ -25,11 +25,6 @@ INTEGERS = {
     torch.bfloat16: torch.int16,
     torch.float16: torch.int16,
 }
-SINGLE = torch.finfo(torch.float32)
-
-# Normal numbers only: a norm in the subnormal range has lost digits already (see the last test).
-MAGNITUDES = st.floats(2.0**-100, 2.0**100, width=32)
-ELEMENTS = st.one_of(st.just(0.0), MAGNITUDES, MAGNITUDES.map(lambda value: -value))
 WEIGHTS = st.one_of(st.floats(-10, 10, width=32), st.sampled_from([-0.0, 2.0**-149, -(2.0**-130), 2.0**127]))
 SHAPES = st.lists(hnp.array_shapes(max_dims=3, max_side=4), min_size=1, max_size=4)
 
@@ -43,21 +38,12 @@ def parameter(values, dtype=torch.float32):
     return torch.nn.Parameter(torch.as_tensor(values).to(dtype))
 
 
-def arrays(shape, elements):
-    return hnp.arrays("float32", shape, elements=elements).map(torch.from_numpy)
-
-
 @st.composite
 def ascents(draw, elements=ELEMENTS):
     """Parameters, and a gradient for each or None."""
     shapes = draw(SHAPES)
     parameters = [parameter(draw(arrays(shape, WEIGHTS))) for shape in shapes]
     return parameters, [draw(st.one_of(st.none(), arrays(shape, elements))) for shape in shapes]
-
-
-def norm_of(tensors):
-    """The L2 norm in double precision, by the textbook."""
-    return math.sqrt(math.fsum(value * value for tensor in tensors for value in tensor.double().flatten().tolist()))
 
 
 # --- invariant 4: ‖ε‖ = ρ, or 0
@@ -251,7 +237,7 @@ def test_the_number_of_kernels_does_not_depend_on_the_number_of_parameters(dtype
 def test_more_elements_than_are_joined_move_as_few_do(monkeypatch):
     moved = []
     for size in (100, 5):
-        monkeypatch.setattr(displacement, "lot_size", lambda device, size=size: size)
+        monkeypatch.setattr(norms, "lot_size", lambda device, size=size: size)
         parameters = [parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(4)]
         gradients = [torch.linspace(k, 5, 12).view(3, 4) for k in range(4)]
         with ascended([*map(PerturbedParameter, parameters)], gradients, 0.5) as ascent:
@@ -356,39 +342,6 @@ def test_a_parameter_without_a_gradient_is_not_rounded_from_its_master():
     ]
     with ascended(weights, [None, torch.ones(1)], 0.05):
         assert weights[0].parameter.item() == 1.0
-
-
-# --- the norm
-
-
-@given(st.lists(arrays(hnp.array_shapes(max_dims=2, min_side=0), ELEMENTS), max_size=4))
-def test_the_norm_is_accurate_at_any_magnitude(tensors):
-    assert global_norm(tensors).item() == pytest.approx(norm_of(tensors), rel=1e-6)
-
-
-@given(arrays(st.integers(1, 3), st.floats(2.0**100, 2.0**126, width=32)), st.sampled_from([1.0, 2.0**-110]))
-def test_squares_neither_overflow_nor_underflow(values, unit):
-    values = values * unit * unit
-    assert 0 < norm_of([values]) < SINGLE.max
-    assert global_norm([values]).item() == pytest.approx(norm_of([values]), rel=1e-6)
-
-
-@given(arrays(4, ELEMENTS), st.sampled_from([math.nan, math.inf, -math.inf]), st.integers(0, 3))
-def test_the_norm_is_non_finite_where_any_element_is(values, value, position):
-    values[position] = value
-    assert not torch.isfinite(global_norm([torch.ones(2), values]))
-
-
-def test_the_norm_of_half_precision_tensors_is_taken_in_single_precision():
-    assert global_norm([torch.full((10000,), 1000.0).half()]).item() == pytest.approx(1e5)  # beyond fp16's 65504
-    assert global_norm([torch.ones(3).half(), torch.full((1,), 1e-3).bfloat16()]).dtype == torch.float32
-
-
-def test_the_norm_is_accurate_at_twenty_million_elements_where_torch_s_own_is_not():
-    values = torch.full((20_000_000,), 0.1)
-    truth = values.double().norm().item()
-    assert global_norm([values]).item() == pytest.approx(truth, rel=1e-6)
-    assert abs(values.norm().item() / truth - 1) > 1e-4
 
 
 def test_a_subnormal_gradient_moves_by_rho_or_not_at_all():

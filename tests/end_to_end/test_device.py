@@ -11,7 +11,7 @@ import pytest
 import torch
 from fairseq.trainer import Trainer
 
-from deltasam_plugin.batch import displacement, measures
+from deltasam_plugin.batch import measures, norms
 from deltasam_plugin.replay import RandomState
 from tests.helpers import corpora
 from tests.helpers.rehearsal import Rehearsal, plain
@@ -62,9 +62,9 @@ def test_same_weights_as_on_the_cpu(
     root: Path, monkeypatch: pytest.MonkeyPatch, task: str, mode: str, precision: str
 ) -> None:
     monkeypatch.setattr(RandomState, "seed", lambda self: 1234)  # of the probes: it depends on the device's generator
-    for module in (displacement, measures):
+    for module in (norms, measures):
         monkeypatch.setattr(module, "lot_size", lambda device: 2**22)  # sums are rounded lot by lot
-    monkeypatch.setattr(displacement, "_unscaled_norm", lambda value: torch.tensor(math.nan))  # only a CPU takes it
+    monkeypatch.setattr(norms, "_unscaled_norm", lambda value: torch.tensor(math.nan))  # only a CPU takes it
     corpus, criterion, options = TASKS[task]
     arguments = [
         corpora.corpus(corpus, root),

@@ -44,6 +44,7 @@ METHODS = {  # most important first
     "instance": Method(f"{INSTANCE} {WARMUP} --sam-rho {{value}}", (0.01, 0.02, 0.05)),
     "delta_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-rho {{value}}", (0.05, 0.1, 0.2)),
     "adam, twice the updates": Method(BASE, (), length=2),
+    "sam at 0.05": Method(f"{SAM} {WARMUP} --sam-rho 0.05", ()),  # added when delta_sam at 0.05 was seen to gain
     "adam, more dropout": Method(f"{BASE} --dropout {{value}}", (0.4, 0.5, 0.6)),
     "adam, moving average": Method(f"{BASE} --store-ema --ema-decay {{value}}", (0.98, 0.99, 0.995)),
     "momentum_sam": Method(f"{DELTA_SAM} {WARMUP} --sam-ascent momentum --sam-rho {{value}}", (0.1, 0.3, 1.0)),

@@ -145,10 +145,8 @@ def _table(rows: Sequence[Row]) -> str:
         cells += [_shown(interval([row.test_loss_last for row in own]), 3)]
         for other in ("adam", "sam"):
             found = name in compared[other]
-            text = (
-                f"{_shown(_paired(rows, name, other)[:2], sign='+')} (p {p_values[other][name]:.2f})" if found else ""
-            )
-            cells.append(text)
+            difference = _shown(_paired(rows, name, other)[:2], sign="+") if found else ""
+            cells.append(f"{difference} ({_shown_p(p_values[other][name])})" if found else "")
         cells.append(f"{mean(sharpness):.2f}" if sharpness else "")
         cells.append(f"{mean(row.cpu_seconds for row in own) / mean(adam):.2f}" if adam else "")
         lines.append(tuple(cells))
@@ -168,3 +166,7 @@ def _paired(rows: Sequence[Row], name: str, other: str) -> tuple[float, float, f
 
 def _shown(found: tuple[float, ...], digits: int = 1, sign: str = "") -> str:
     return f"{found[0]:{sign}.{digits}f} ± {found[1]:.{digits}f}"
+
+
+def _shown_p(p_value: float) -> str:
+    return "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"

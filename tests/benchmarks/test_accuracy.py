@@ -119,7 +119,7 @@ def test_tables_show_what_was_not_for_tuning() -> None:
     assert "99" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("| sam"))
     assert "79.0 ± 2.9" in line  # 73 + 1.5 · 4, and 2.776 · 1.5 · 1.581 / √5
-    assert "+5.0 ± 1.0 (p 0.00)" in line
+    assert "+5.0 ± 1.0 (p < 0.001)" in line
 
 
 def test_the_figure_shows_what_was_not_for_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

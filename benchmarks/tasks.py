@@ -178,13 +178,13 @@ def parallel_text(noise: float) -> Path:
 
 def translating(checkpoint: Path, data: Path, with_test: bool) -> Scores:
     """Loss by fairseq-validate, BLEU by fairseq-generate and sacrebleu."""
-    from examples.translation.evaluate import bleu, hypotheses, printed, valid_loss
+    from examples.translation.evaluate import bleu, hypotheses, loss, printed
 
-    valid = -valid_loss(printed("fairseq-validate", checkpoint))
+    valid = -loss(printed("fairseq-validate", checkpoint))
     if not with_test:
         return Scores(valid, None, None)
     score, _, _ = bleu(hypotheses(printed("fairseq-generate", checkpoint)))
-    return Scores(valid, score, valid_loss(printed("fairseq-validate", checkpoint, "test")))
+    return Scores(valid, score, loss(printed("fairseq-validate", checkpoint, "test"), "test"))
 
 
 TASKS = {

@@ -46,7 +46,7 @@ def evaluate_all() -> dict[str, Result]:
     """Return the measures of the last checkpoint of every run. Uses all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         logs = dict(zip(EXPERIMENT.commands, pool.map(evaluate, EXPERIMENT.commands)))
-    return {run: Result(valid_loss(validation), *bleu(hypotheses(test))) for run, (validation, test) in logs.items()}
+    return {run: Result(loss(validation), *bleu(hypotheses(test))) for run, (validation, test) in logs.items()}
 
 
 def evaluate(run: str) -> list[str]:
@@ -101,9 +101,9 @@ def printed(name: str, checkpoint: Path, split: str | None = None) -> str:
     return log.stdout
 
 
-def valid_loss(log: str) -> float:
-    """Return the loss in the last line of fairseq-validate's output."""
-    return float(json.loads(log.strip().split(" | ")[-1])["valid_nll_loss"])
+def loss(log: str, split: str = "valid") -> float:
+    """Return the loss in the last line of fairseq-validate's output for this part of the data."""
+    return float(json.loads(log.strip().split(" | ")[-1])[f"{split}_nll_loss"])
 
 
 def hypotheses(log: str) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from scipy import stats
 from benchmarks import accuracy
 from benchmarks.accuracy import FEWER, METHODS, TUNING_SEED, Slice, wanted
 from benchmarks.study import Row, best_value, differences, holm, interval, tables
-from benchmarks.tasks import TASKS, Task
+from benchmarks.tasks import LAST, TASKS, Task
 from examples.common.reviews import flipped
+from examples.translation import evaluate
+from tests.helpers.corpora import corpus
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
@@ -190,3 +194,25 @@ def test_of_a_moving_average_the_average_is_measured() -> None:
                         (("adam", None), ("adam, moving average", 0.5), ("adam, moving average", 0.0)))  # fmt: skip
     assert other != one
     assert none == pytest.approx(one, rel=1e-6)  # it forgets all but the last parameters
+
+
+def test_a_translation_is_measured_by_bleu_and_by_the_loss_of_both_parts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    toy = corpus("aligned", tmp_path_factory.getbasetemp())
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in toy.iterdir():
+        name = file.name.replace("src", "source").replace("tgt", "target")
+        shutil.copy(file, data / name)
+        if name.startswith("valid"):
+            shutil.copy(file, data / name.replace("valid", "test"))
+    shutil.copy(toy.parent / "valid.tgt", data / "test.target")
+    monkeypatch.setattr(evaluate, "DATA", data)
+    task = replace(TASKS["translation"], data=lambda noise: data, updates=2, work=tmp_path / "work")
+    with task.trained(task.command(0.0, METHODS["adam"].options.format(criterion=task.criterion), 2)) as left:
+        tuned, found = (task.measure(left.folder / LAST, data, with_test) for with_test in (False, True))
+    assert tuned == (found.valid, None, None)
+    assert found.test is not None
+    assert 0 <= found.test <= 100
+    assert found.test_loss == -found.valid > 0  # the parts are the same here

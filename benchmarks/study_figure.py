@@ -36,7 +36,7 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         if adam:
             panel.axvline(interval(adam)[0], color="#bbbbbb", linewidth=1, zorder=0)
         panel.set_title(case_title(*case), fontsize="medium")
-        panel.set_xlabel("test, last epoch")
+        panel.set_xlabel(f"{'BLEU' if case[0] == 'translation' else 'accuracy, %'}, test part, last epoch")
         panel.spines[["top", "right"]].set_visible(False)
     panels[0][0].set_yticks(range(len(methods)), methods)
     panels[0][0].invert_yaxis()

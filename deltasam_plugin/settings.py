@@ -45,8 +45,8 @@ class Settings:
         ascent: along the ``gradient``; along its ``noise``, the part orthogonal to the base optimizer's momentum; or
             against the ``momentum`` itself, which needs no pass of its own and uses neither weighting nor probes and
             sync. See :mod:`deltasam_plugin.batch.momentum`.
-        descent: what the base optimizer gets: the ``perturbed`` gradient; its mean with the gradient at w,
-            ``weighted``; or without what widens the ``surrogate_gap``. The latter two need the gradient at w, and with
+        descent: what the base optimizer gets: the ``perturbed`` gradient; its ``weighted`` sum with the gradient at
+            w; or without what widens the ``surrogate_gap``. The latter two need the gradient at w, and with
             it uniform weights. See :mod:`deltasam_plugin.batch.descent`.
         descent_weight: >= 0, for the latter two; by default 9 and 0.4.
         interval: N >= 1. Every N-th update is sharpness-aware; those between are the base optimizer's own.

@@ -29,15 +29,17 @@ MEANINGS = {
     "loss": "unchanged: the loss at w, not at the perturbed point. With `--sam-ascent momentum` at the perturbed point",
     "sam_sharpness": "(L(w+ε) − L(w)) / sample size, base 2. Not with `momentum`",
     "sam_rho": "the radius, if it varies from update to update",
-    "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Not with `uniform`",
-    "sam_weight_max": "B · max v: 1 when the weights are uniform. Not with `uniform`",
+    "sam_ess": "effective sample size as a fraction, (Σv)²/(B Σv²): 1 when the weights are uniform. Where probes weigh "
+    "samples",
+    "sam_weight_max": "B · max v: 1 when the weights are uniform. Where probes weigh samples",
     "sam_ascent_gnorm": "‖Σ vᵢgᵢ‖; in instance mode the mean of the ‖gᵢ‖. With `noise` and `momentum` the norm of that",
     "sam_ascent_gnorm_std": "standard deviation of the ‖gᵢ‖. In instance mode only",
-    "sam_eps_norm": "how far the parameters actually moved. It is ρ in single precision. In half precision rounding "
-    "changes it",
+    "sam_eps_norm": "how far the parameters actually moved: in single precision the radius. In half precision rounding "
+    "changes it. In instance mode the mean radius",
     "sam_skipped": "micro-batches without a perturbation, because their gradient was zero or not finite",
-    "sam_probes_failed": "probes that gave a non-finite loss although the loss at w is finite. Not with `uniform`",
-    "sam_probes_lost": "share of the samples in which the probes saw nothing but rounding. Not with `uniform`",
+    "sam_probes_failed": "probes that gave a non-finite loss although the loss at w is finite. Where probes weigh "
+    "samples",
+    "sam_probes_lost": "share of the samples in which the probes saw nothing but rounding. Where probes weigh samples",
 }
 
 

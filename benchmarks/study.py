@@ -130,12 +130,10 @@ def _table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.method for row in rows))
     lines = [("training", "its parameter", "seeds", "test, last epoch", "test, best epoch", "test loss",
               "− adam", "− sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
-    compared = {other: [name for name in names if name != other and _paired(rows, name, other)]
-                for other in ("adam", "sam")}  # fmt: skip
-    p_values = {
-        other: dict(zip(found, holm([_paired(rows, name, other)[2] for name in found])))
-        for other, found in compared.items()
+    paired = {
+        other: {name: found for name in names if (found := _paired(rows, name, other))} for other in ("adam", "sam")
     }
+    p_values = {other: dict(zip(found, holm([p for _, _, p in found.values()]))) for other, found in paired.items()}
     adam = [row.cpu_seconds for row in rows if row.method == "adam"]
     for name in names:
         own = [row for row in rows if row.method == name]
@@ -143,10 +141,9 @@ def _table(rows: Sequence[Row]) -> str:
         cells = [name, "" if own[0].value is None else f"{own[0].value:g}", str(len(own))]
         cells += [_shown(interval([row.test_last for row in own])), _shown(interval([row.test_best for row in own]))]
         cells += [_shown(interval([row.test_loss_last for row in own]), 3)]
-        for other in ("adam", "sam"):
-            found = name in compared[other]
-            difference = _shown(_paired(rows, name, other)[:2], sign="+") if found else ""
-            cells.append(f"{difference} ({_shown_p(p_values[other][name])})" if found else "")
+        for other, found in paired.items():
+            shown = f"{_shown(found[name][:2], sign='+')} ({_shown_p(p_values[other][name])})" if name in found else ""
+            cells.append(shown)
         cells.append(f"{mean(sharpness):.2f}" if sharpness else "")
         cells.append(f"{mean(row.cpu_seconds for row in own) / mean(adam):.2f}" if adam else "")
         lines.append(tuple(cells))

@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from .evaluation import SHARPNESS_SENTENCES, evaluate
+from .evaluation import SHARPNESS_SENTENCES, evaluate_all
 from .experiment import Experiment, delta_sam, program, shown, table
 from .timing import UPDATES, measure, ratios
 from .training import train_all
@@ -36,7 +36,7 @@ def compare(experiment: Experiment, prepare: Callable[[], None]) -> None:
         with experiment.locked() as lock:
             prepare()
             train_all(experiment, keep=[lock])
-            results = {run: evaluate(experiment, run, RHO) for run in experiment.commands}
+            results = evaluate_all(experiment, RHO)
             seconds = measure(experiment)
     except KeyboardInterrupt:
         sys.exit("\nInterrupted. Run it again to continue.")

@@ -1,8 +1,12 @@
 """Measure all trained classifiers in the same way, independently of the plugin's training code."""
 
 import logging
+import multiprocessing
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import log
 from pathlib import Path
 from typing import Any
@@ -27,12 +31,24 @@ class Result:
     sharpness: float
 
 
-def evaluate(experiment: Experiment, run: str, rho: float) -> Result:
-    """Return the measures of the last checkpoint of a run, without dropout.
+def evaluate_all(experiment: Experiment, rho: float) -> dict[str, Result]:
+    """Return the measures of every run's last checkpoint, without dropout.
+
+    As many models as there are cores are measured at a time, each in a process of one thread.
 
     Args:
         rho: distance at which sharpness is measured.
     """
+    runs, context = experiment.commands, multiprocessing.get_context("spawn")
+    print(f"measuring | accuracy, loss and sharpness of {', '.join(runs)}", flush=True)
+    ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # leaving the pool ends its processes
+    with context.Pool(min(len(runs), os.cpu_count() or 1), initializer=ignore_interrupt) as pool:
+        results = pool.map(partial(evaluate, experiment, rho=rho), runs, chunksize=1)
+    return dict(zip(runs, results))
+
+
+def evaluate(experiment: Experiment, run: str, rho: float) -> Result:
+    """Return the measures of one run's last checkpoint; see :func:`evaluate_all`."""
     torch.set_num_threads(1)
     data, *_ = experiment.commands[run]
     model, task = load(experiment.folder(run) / "checkpoint_last.pt", Path(data))

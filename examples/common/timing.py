@@ -43,20 +43,26 @@ def alternate(experiment: Experiment) -> Seconds:
     os.environ.update(ENVIRONMENT)
     context = multiprocessing.get_context("spawn")
     workers: dict[str, Connection] = {}
+    processes = []
     for run, options in experiment.commands.items():
         workers[run], theirs = context.Pipe()
-        context.Process(target=work, args=(options, theirs), daemon=True).start()
+        processes.append(context.Process(target=work, args=(options, theirs), daemon=True))
+        processes[-1].start()
         theirs.close()
     seconds: Seconds = {run: [] for run in workers}
-    for turn in range(-1, experiment.timing_rounds):  # the first round warms up
+    for worker in workers.values():  # all at once
+        worker.send(WARM_UP)
+    for worker in workers.values():
+        worker.recv()
+    for turn in range(1, experiment.timing_rounds + 1):
         for run, worker in workers.items():
-            worker.send(UPDATES if turn >= 0 else WARM_UP)
-            taken = worker.recv()
-            if turn >= 0:
-                seconds[run].append(taken / UPDATES)
-        if turn >= 0:
-            line = ", ".join(f"{run} {values[-1]:.3f}" for run, values in seconds.items())
-            print(f"timing    | round {turn + 1} / {experiment.timing_rounds}: seconds per update {line}", flush=True)
+            worker.send(UPDATES)
+            seconds[run].append(worker.recv() / UPDATES)
+        line = ", ".join(f"{run} {values[-1]:.3f}" for run, values in seconds.items())
+        print(f"timing    | round {turn} / {experiment.timing_rounds}: seconds per update {line}", flush=True)
+    for worker, process in zip(workers.values(), processes):
+        worker.close()  # which ends it
+        process.join()
     return seconds
 
 

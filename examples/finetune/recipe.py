@@ -19,9 +19,9 @@ SHARED = f"""
     --dropout 0.1 --attention-dropout 0.1 --pooler-dropout 0.1
     --adam-betas (0.9,0.98) --weight-decay 0.01 --clip-norm 1.0 --batch-size 16
     --lr 1e-4 --lr-scheduler polynomial_decay --warmup-updates 31 --total-num-update 155 --max-update 155
-    --validate-interval 3
+    --validate-interval 5
     --no-epoch-checkpoints --log-format simple --log-interval 8
 """
 
 COMMANDS = {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()}
-EXPERIMENT = Experiment(WORK, COMMANDS, timing_rounds=4)
+EXPERIMENT = Experiment(WORK, COMMANDS, timing_rounds=3)

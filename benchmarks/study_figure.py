@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,9 +13,16 @@ from benchmarks.study import Row, case_title, cases, interval
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+COLUMNS = 3
 
-def draw(rows: Sequence[Row], path: Path) -> bool:
+
+def draw(rows: Sequence[Row], path: Path, scores: Mapping[str, str]) -> bool:
     """Draw the runs that were not for tuning; nothing if no method has two of them.
+
+    Args:
+        rows: of the study.
+        path: of the figure.
+        scores: what the test scores of each task are, with their unit.
 
     Returns:
         Whether there was something to draw.
@@ -23,9 +31,11 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
     if not found:
         return False
     methods = list(dict.fromkeys(row.method for own in found.values() for row in own))
-    size = (3.6 * len(found) + 1.5, 0.32 * len(methods) + 1.1)
-    figure, panels = pyplot.subplots(1, len(found), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for (case, own), panel in zip(found.items(), panels[0]):
+    down, across = math.ceil(len(found) / COLUMNS), min(COLUMNS, len(found))
+    size = (3.6 * across + 1.5, (0.32 * len(methods) + 1.1) * down)
+    figure, grid = pyplot.subplots(down, across, figsize=size, sharey=True, squeeze=False, layout="constrained")
+    panels = list(grid.flat)
+    for (case, own), panel in zip(found.items(), panels):
         for place, method in enumerate(methods):
             values = [row.test_last for row in own if row.method == method]
             if values:
@@ -36,10 +46,12 @@ def draw(rows: Sequence[Row], path: Path) -> bool:
         if adam:
             panel.axvline(interval(adam)[0], color="#bbbbbb", linewidth=1, zorder=0)
         panel.set_title(case_title(*case), fontsize="medium")
-        panel.set_xlabel(f"{'BLEU' if case[0] == 'translation' else 'accuracy, %'}, test part, last epoch")
+        panel.set_xlabel(f"{scores[case[0]]}, test part, last epoch")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0][0].set_yticks(range(len(methods)), methods)
-    panels[0][0].invert_yaxis()
+    for empty in panels[len(found) :]:
+        empty.remove()
+    panels[0].set_yticks(range(len(methods)), methods)
+    panels[0].invert_yaxis()
     partial = path.with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=150)
     pyplot.close(figure)

@@ -64,6 +64,7 @@ class Task:
         title: for tables.
         work: a folder for data and for runs.
         options: of fairseq-train, without those for the method, the length, the seed and the folders.
+        score: on the test part, with its unit.
         criterion: the base criterion.
         updates: the usual number.
         noises: the shares of flipped labels.
@@ -75,6 +76,7 @@ class Task:
     title: str
     work: Path
     options: str
+    score: str
     criterion: str
     updates: int
     noises: tuple[float, ...]
@@ -192,6 +194,7 @@ TASKS = {
         title="sentiment from scratch",
         work=sentiment.WORK / "accuracy",
         options=f"{sentiment.SHARED} {BY_ACCURACY}",
+        score="accuracy, %",
         criterion="sentence_prediction",
         updates=1060,  # 4 epochs
         noises=(0.3, 0.0),
@@ -203,6 +206,7 @@ TASKS = {
         title="sentiment fine-tuned on 500 sentences",
         work=finetune.WORK / "accuracy",
         options=f"{finetune.SHARED} --validate-interval 1 {BY_ACCURACY}",
+        score="accuracy, %",
         criterion="sentence_prediction",
         updates=155,  # 5 epochs
         noises=(0.3, 0.0),
@@ -214,6 +218,7 @@ TASKS = {
         title="translation from German",
         work=translation.WORK / "accuracy",
         options=f"--user-dir {translation.PLUGIN} {translation.SHARED} --best-checkpoint-metric nll_loss",
+        score="BLEU",
         criterion=translation.BASE,
         updates=1000,
         noises=(0.0,),

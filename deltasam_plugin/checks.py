@@ -60,14 +60,12 @@ class Checks:
         """
         if not self._due:
             return
-        # With gradient, as the second pass.
-        with (
-            torch.enable_grad(),
-            forward_only(),
-            conditions.replayed(),
-            before_forward(_refuse_spectral_norm),
-        ):
-            again = _values(forward())
+
+        def replayed() -> Tensor:
+            with conditions.replayed(), before_forward(_refuse_spectral_norm):
+                return _values(forward())
+
+        again = forward_only(replayed)  # with gradient, as the second pass
         losses = _values(objective)
         largest = torch.where(losses.isfinite(), losses.abs(), 0).amax()
         bound = TOLERANCE[coarsest(dtypes)] * (1 + float(largest))
@@ -130,8 +128,8 @@ def _refuse_spectral_norm(module: nn.Module) -> None:
     hooks = module._forward_pre_hooks.values()
     if module.training and (isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks)):
         raise Refused(
-            "The forward pass cannot be replayed: spectral norm updates its vectors in every one. Use weight norm or "
-            "no norm, or train this model without δ-SAM."
+            "The forward pass cannot be replayed: spectral norm updates its vectors in every one. Use no norm, or "
+            "weight norm in batch mode, or train this model without δ-SAM."
         )
 
 

@@ -13,7 +13,7 @@ import random
 import threading
 import traceback
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -123,9 +123,31 @@ class UnseededGenerators:
             np.random.default_rng = before
 
 
-def forward_only() -> torch.autograd.graph.saved_tensors_hooks:
-    """A context for a pass with gradients enabled whose backward pass is never run: nothing is saved for it."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda packed: packed)
+class _TakesGradients(Exception):
+    """A forward pass has run a backward pass of its own."""
+
+
+def _not_saved(packed: None) -> Tensor:
+    raise _TakesGradients
+
+
+def forward_only(forward: Callable[[], Tensor]) -> Tensor:
+    """Run a pass with gradients enabled whose backward pass is never run: nothing is saved for it.
+
+    A pass that takes gradients itself (gradient penalties, adversarial inputs) is run again, and saves.
+
+    Args:
+        forward: may be run twice, with the same result.
+
+    Returns:
+        Its result, detached.
+    """
+    with torch.enable_grad():
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _not_saved):
+                return forward().detach()
+        except _TakesGradients:
+            return forward().detach()
 
 
 @dataclass(frozen=True)

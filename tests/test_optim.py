@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.batch.norms import global_norm
+from deltasam_plugin.errors import Refused
 from tests.helpers.registries import BUILT_IN_WEIGHTINGS
 
 SGD = torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
@@ -139,6 +140,52 @@ def test_uniform_weights_are_sam_bit_for_bit(base, rho):
     assert losses == train(*plain, range(STEPS), step=sam_step(rho))
     assert torch.equal(torch.get_rng_state(), after)
     assert_same(delta, plain)
+
+
+def penalized(model, number, size):
+    """Losses with the squared norm of their gradient at the inputs."""
+    x, y = batch_of(number, size)
+
+    def closure():
+        inputs = x.clone().requires_grad_()
+        losses = F.cross_entropy(model(inputs), y, reduction="none")
+        (gradient,) = torch.autograd.grad(losses.sum(), inputs, create_graph=True)
+        return losses + gradient.square().sum(1)
+
+    return closure
+
+
+def adversarial(model, number, size):
+    """Losses at inputs that were moved along the sign of their gradient."""
+    x, y = batch_of(number, size)
+
+    def closure():
+        inputs = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(model(inputs), y), inputs)
+        return F.cross_entropy(model(x + 0.1 * gradient.sign()), y, reduction="none")
+
+    return closure
+
+
+@pytest.mark.parametrize("closure", [penalized, adversarial])
+def test_a_closure_that_takes_gradients_itself_trains_by_sam(closure):
+    (model, delta), (other, plain) = optimizers(SGD, rho=0.05, weighting="uniform")
+    torch.manual_seed(1)
+    losses = [take_step(delta, closure(model, number, 6)).item() for number in range(4)]
+    torch.manual_seed(1)
+    assert losses == [sam_step(0.05)(plain, closure(other, number, 6)).item() for number in range(4)]
+    assert_same((model, delta), (other, plain))
+
+
+@pytest.mark.parametrize("closure", [penalized, adversarial])
+@pytest.mark.parametrize(
+    ("options", "remedy"), [({}, "uniform"), ({"perturbation": "instance"}, 'perturbation="batch"')]
+)
+def test_a_closure_that_takes_gradients_itself_is_refused_elsewhere(closure, options, remedy):
+    model = Net()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, **options)
+    with pytest.raises(Refused, match=remedy):
+        optimizer.step(closure(model, 0, 6))
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)

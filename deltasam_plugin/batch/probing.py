@@ -18,6 +18,7 @@ from torch import Tensor
 from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, mirror, restored
 from deltasam_plugin.batch.measures import Measure, measured_floor
 from deltasam_plugin.batch.norms import global_norm
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import Rounding, at_least_float32
 
@@ -139,12 +140,29 @@ def probe(
                     mirror(moved, centers)
                 else:
                     displace(parameters, originals, Drawn(reached, direction(seed + number)), side * sigma)
-                displaced.append(forward())
+                displaced.append(_without_gradients(forward))
             found, floor = measure.compare(displaced, center, rounding.eps)
             measured.append(torch.where(center.losses.isfinite(), found, torch.nan))
             floors.append(floor)
         if noisy:
             displace(parameters, originals, Drawn(reached, dither(seed, rounding.eps)), torch.ones_like(sigma))
-            floor = measured_floor(center.losses, forward().losses, measure.noise or 0)
+            floor = measured_floor(center.losses, _without_gradients(forward).losses, measure.noise or 0)
             floors = [floor.expand_as(row) for row in measured]
     return torch.stack(measured), torch.stack(floors)
+
+
+def _without_gradients(forward: Callable[[], Objective]) -> Objective:
+    """Run a pass of a probe.
+
+    Raises:
+        Refused: the pass takes gradients itself.
+    """
+    try:
+        return forward()
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise Refused(
+            "The forward pass takes gradients itself (a gradient penalty, adversarial inputs). Probes run it without "
+            "gradients. Choose --sam-weighting uniform, which has no probes."
+        ) from error

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from deltasam_plugin.adaptive import filter_scale
 from deltasam_plugin.checks import is_power_of_two
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
+from deltasam_plugin.instance.compilation import uncompiled
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
-from deltasam_plugin.instance.entanglement import entangled, marked
+from deltasam_plugin.instance.entanglement import allowed_change, entangled, halves, marked
 from deltasam_plugin.instance.familiarity import Familiarity
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
 from deltasam_plugin.instance.interception import ParameterSlice
@@ -33,7 +34,7 @@ from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, intercept_layers
 from deltasam_plugin.loss import check_losses
-from deltasam_plugin.precision import at_least_float32
+from deltasam_plugin.precision import Rounding, at_least_float32
 from deltasam_plugin.replay import forward_only
 
 ALWAYS_CHECKED = 16  # batches; later the powers of two
@@ -54,12 +55,16 @@ class Solution:
         calls: what the second pass must repeat, in order.
         sizes: how many samples each perturbation is shared by, (B,).
         checked: whether this batch was compared with autograd.
+        strange: whether something in it was new.
+        rounding: of the first pass.
     """
 
     perturbation: PerSamplePerturbation
     calls: list[PlannedCall]
     sizes: Tensor
     checked: bool
+    strange: bool
+    rounding: Rounding
 
 
 class InstanceEngine:
@@ -105,7 +110,7 @@ class InstanceEngine:
         self._ownership = Ownership()
         self._familiarity = Familiarity()
         self._entangled = False
-        self._batches = 0
+        self._batches = self._comparisons = 0
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -155,18 +160,20 @@ class InstanceEngine:
             calls, rows, scaled = list(tape.calls), [Listed(owners, losses.numel()) for owners in tape.rows], []
             tape.calls.clear()
             batch, check = losses.numel(), self._is_to_be_checked()
+            rounding = Rounding.of([call.dtype for call in calls] or [losses.dtype], self.parameters)
             strange = batch > 1 and self._familiarity.strange(calls, losses)
             untrusted = check or strange or self._entangled or self._familiarity.lost
             looked_up = batch > 1 and (untrusted or self._ownership.leaves_open(calls, losses, rows))
             if looked_up:
+                self._comparisons += 1
                 for factor in self._ownership.factors(calls, losses):
                     scaled.append(_gradients(losses, calls, seed * factor, retain_graph=True))
                 self._familiarity.learn()
             nan: list[Tensor | None] = []
             if looked_up and (check or strange) and not self._entangled and not torch.is_anomaly_enabled():
-                marks = marked(batch, self._batches, losses.device)
+                marks = marked(batch, self._comparisons, losses.device)
                 nan = _gradients(losses, calls, torch.where(marks, torch.nan, 0 * seed), retain_graph=True)
-            verified = self._coverage.names() if check else self._coverage.unverified()
+            verified = self._coverage.names() if check or strange else self._coverage.unverified()
             wanted = [self._parameters[name] for name in verified]
             found = _gradients(losses, calls, seed, wanted)
             true = {name: g for name, g in zip(verified, found[len(calls) :]) if g is not None}
@@ -192,7 +199,7 @@ class InstanceEngine:
             rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget * sizes
             scale_of = cache(self._scale_of) if self.adaptive else None
             perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
-            return Solution(perturbation, planned, sizes, looked_up)
+            return Solution(perturbation, planned, sizes, looked_up, strange, rounding)
 
     def _scale_of(self, part: ParameterSlice) -> Tensor:
         scale = filter_scale(self._parameters[part.name])
@@ -205,10 +212,11 @@ class InstanceEngine:
         return scheduled or is_power_of_two(self._batches)
 
     def refuse_mixed_values(self, solution: Solution, losses: Tensor, replay: Callable[[], Tensor]) -> None:
-        """Perturb every other sample, or group, alone: the losses of the others must stay what they are.
+        """Perturb half of the samples, or groups, alone: the losses of the others must stay what they are.
 
         Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
-        a row without gradient at w that belongs to another sample than it seems.
+        a row without gradient at w that belongs to another sample than it seems. Comparisons take turns in how they
+        part the samples; where something is new, all ways are tried.
 
         Args:
             solution: of a batch of several samples.
@@ -219,19 +227,24 @@ class InstanceEngine:
             Refused: they do not.
         """
         of_sample = torch.arange(losses.numel(), device=losses.device) // self.group
-        even = torch.arange(len(solution.sizes), device=losses.device) % 2 == 0
-        allowed = torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max()
+        ways = halves(len(solution.sizes), losses.device)
+        ways = ways if solution.strange else [ways[self._comparisons % len(ways)]]
+        allowed = allowed_change(losses, solution.rounding)
         changed = torch.zeros_like(losses, dtype=torch.bool)
-        for chosen in (even, ~even):
-            half = replace(solution, perturbation=solution.perturbation.of_samples(chosen))
-            with self.perturbed(half), forward_only():
-                changed |= ~chosen[of_sample] & ((replay().detach() - losses).abs() > allowed)
+        for chosen in (half for way in ways for half in (way, ~way)):
+            now = forward_only(partial(self._partly_perturbed, solution, chosen, replay))
+            changed |= ~chosen[of_sample] & ((now - losses).abs() > allowed)
         if bool(changed.any()):
             raise Refused(
                 "Instance mode: the loss of a sample changes with the perturbation of another, though no "
                 "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "
                 f"not even behind detach(). Otherwise {REMEDY}."
             )
+
+    def _partly_perturbed(self, solution: Solution, chosen: Tensor, replay: Callable[[], Tensor]) -> Tensor:
+        part = replace(solution, perturbation=solution.perturbation.of_samples(chosen))
+        with self.perturbed(part):
+            return replay()
 
     @contextmanager
     def perturbed(self, solution: Solution) -> Iterator[None]:
@@ -253,7 +266,7 @@ class InstanceEngine:
             return y
 
         try:
-            with unfused_norms(), intercept_layers(self._parameters, handle, once, set()):
+            with uncompiled(), unfused_norms(), intercept_layers(self._parameters, handle, once, set()):
                 yield
             if pending:
                 raise Refused(_not_a_replay(pending[-1]))
@@ -276,8 +289,10 @@ def _gradients(
         return [None] * len(inputs)
     try:
         return list(torch.autograd.grad(losses, inputs, seed, retain_graph=retain_graph, allow_unused=True))
-    except CheckpointError as error:
-        raise Refused(CHECKPOINTED) from error
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError) or "use_reentrant" in str(error):
+            raise Refused(CHECKPOINTED) from error
+        raise
 
 
 def _detached_uses(

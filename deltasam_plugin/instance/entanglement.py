@@ -12,9 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deltasam_plugin.checks import TOLERANCE
 from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.layout import Grouping
 from deltasam_plugin.instance.recording import RecordedCall
+from deltasam_plugin.precision import SINGLE, Rounding
+
+
+def halves(count: int, device: torch.device) -> list[Tensor]:
+    """Ways to part samples in two, (count,) bool each. Together they part every sample from every other.
+
+    Args:
+        count: of the samples.
+        device: of the result.
+    """
+    index = torch.arange(count, device=device)
+    return [(index >> digit) % 2 == 0 for digit in range(max(1, (count - 1).bit_length()))]
 
 
 def marked(batch: int, number: int, device: torch.device) -> Tensor:
@@ -22,11 +35,29 @@ def marked(batch: int, number: int, device: torch.device) -> Tensor:
 
     Args:
         batch: B.
-        number: of the batch, in a run.
+        number: of the comparison, in a run.
         device: of the losses.
     """
-    digit = number // 2 % max(1, (batch - 1).bit_length())
-    return ((torch.arange(batch, device=device) >> digit) + number) % 2 == 0
+    ways = halves(batch, device)
+    half = ways[number // 2 % len(ways)]
+    return ~half if number % 2 else half
+
+
+def allowed_change(losses: Tensor, rounding: Rounding) -> Tensor:
+    """By how much rounding may change each loss, (B,), when other samples are perturbed.
+
+    A perturbation of zero keeps a row what it is, but for the order in which products are added up. In half precision
+    that cannot be told for a sample alone, and the largest loss is the measure.
+
+    Args:
+        losses: (B,).
+        rounding: of the forward pass.
+    """
+    sizes = torch.where(losses.isfinite(), losses.abs(), 0)
+    largest = sizes.amax()
+    if rounding.coarse:
+        return SINGLE**0.5 * largest.expand_as(sizes)
+    return TOLERANCE[rounding.dtype] * (sizes + largest.clamp(max=1))
 
 
 def entangled(

@@ -6,6 +6,7 @@ in training. Every batch therefore has features, and a batch with a feature that
 
 - the operations of the graph, each with those before it;
 - how many rows a sample has, in a call without a dimension for the samples;
+- how often a layer is used: its layouts are known by the number of the use;
 - whether the indices that move rows about keep the samples in order, and whether pieces are equally long.
 
 No feature needs a backward pass. Indices are on the device. What they tell is known one batch later on a GPU.
@@ -27,6 +28,7 @@ from deltasam_plugin.instance.arrival import arriving
 from deltasam_plugin.instance.recording import RecordedCall
 
 Operation = tuple[str, ...]  # the name of a node of the graph, and those of the nodes before it
+FEW = 4  # inputs of an operation
 MOVING = re.compile("Index|Gather|Scatter|MaskedSelect")  # in the name of an operation that moves rows by indices
 
 
@@ -112,22 +114,32 @@ def _operations(losses: Tensor) -> list[tuple[Any, Operation]]:
     """The nodes of the graph, from the losses on. Each is asked for its name once: this runs in every batch."""
     names: dict[Any, str] = {None: ""}
     waiting: list[Any] = [losses.grad_fn] if losses.requires_grad else []
-    names.update((node, node.name()) for node in waiting)
+    names.update((node, _name(node)) for node in waiting)
     found = []
     while waiting:
         node = waiting.pop()
-        operation = [names[node]]
+        inputs = []
         for before, _ in node.next_functions:
             if before not in names:
-                names[before] = before.name()
+                names[before] = _name(before)
                 waiting.append(before)
-            operation.append(names[before])
-        found.append((node, tuple(operation)))
+            inputs.append(names[before])
+        # Of many tensors that are joined the kinds count, not how they are mixed: else every batch could be new.
+        found.append((node, (names[node], *(inputs if len(inputs) <= FEW else sorted(set(inputs))))))
     return found
 
 
+def _name(node: Any) -> str:
+    """Of an operation, and whether it normalizes by the batch: frozen and in training it has the same name."""
+    name: str = node.name()
+    return f"{name} in training" if "BatchNorm" in name and node._saved_training else name
+
+
 def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
-    """Rows of each sample in calls without a dimension for the samples, unless other calls have a dimension so long."""
+    """Rows of each sample in calls without a dimension for the samples, unless other calls have a dimension so long.
+
+    And how many calls each layer has.
+    """
     lengths: set[int] = set()
     for lead in {call.leading_shape for call in calls if batch in call.leading_shape}:
         place = lead.index(batch)
@@ -138,7 +150,7 @@ def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
         if len(lead) == 1 or batch not in lead:
             counts = [size // batch for size in lead if size % batch == 0]
             found.add((call.key[:3], *("length" if count in lengths and count > 1 else count for count in counts)))
-    return found
+    return found | {("uses", *item) for item in Counter(call.key[:3] for call in calls).items()}
 
 
 def _orders(operations: Sequence[tuple[Any, Operation]], batch: int) -> Callable[[], list[Order]]:

@@ -82,6 +82,11 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
     return F.linear(mat1, mat2.t(), input)
 
 
+# These take no values from their further arguments, only a type or a shape.
+_LIKE = _CASTS | {Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
+# Their results have no gradient, and are values all the same.
+_COMPARISONS = {"gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "argsort"}
+
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
 
@@ -101,7 +106,7 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         foreign: parameters used in some other differentiable way, by name, with the function that did.
-        frozen_uses: parameters used where gradients are off, or behind detach().
+        frozen_uses: parameters used where gradients are off, behind detach(), or in a comparison.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visited: Iterable[Callable[..., Any]], visit: Visitor) -> None:
@@ -109,7 +114,7 @@ class Interception(TorchFunctionMode):
         self.foreign: dict[str, str] = {}
         self.frozen_uses: set[str] = set()
         self._detached: dict[int, tuple[Tensor, str]] = {}
-        self._expandable: dict[int, tuple[Tensor, Callable[[tuple[int, ...]], Tensor]]] = {}
+        self._expandable: dict[int, tuple[Tensor, Callable[[tuple[int, ...]], Tensor], Callable[[], None]]] = {}
         self._visited = frozenset(visited)
         self._visit = visit
         # The tensor is kept beside its slices: an id is only good as long as its object lives.
@@ -134,54 +139,79 @@ class Interception(TorchFunctionMode):
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
-        if func in self._visited:
+        if func in self._visited and "out" not in kwargs:
             result = self._visit(func, args, kwargs)
             if result is not NotImplemented:
                 self._note_detached(args, kwargs)
-                self._report(func, [slices for slices in self._found(args, kwargs) if len(slices) > 1])
+                self._note_expandable(args, kwargs, result)
+                self._report(func, [slices for _, slices in self._found(args, kwargs) if len(slices) > 1])
                 return result
+        found = self._found(args, kwargs)
+        versions = [tensor._version for tensor, _ in found]
         result = func(*args, **kwargs)
-        self._follow(func, args, kwargs, result)
+        written = [slices for (tensor, slices), version in zip(found, versions) if tensor._version != version]
+        self._report(func, written, "written to by")
+        if func not in _SUMS:
+            self._note_expandable(args, kwargs, result)
+        self._follow(func, args, kwargs, result, [slices for _, slices in found])
         return result
 
-    def expand_in_sums(self, result: Tensor, expanded: Callable[[tuple[int, ...]], Tensor]) -> None:
+    def expand_in_sums(
+        self, result: Tensor, expanded: Callable[[tuple[int, ...]], Tensor], otherwise: Callable[[], None]
+    ) -> None:
         """Replace a result in sums where all samples share it: as if each had rows of its own.
 
         Args:
             result: of a call, such as embedded positions (1, T, C).
             expanded: runs the call for a result of the given shape, to which its own can be expanded.
+            otherwise: called when anything but a sum takes values from the result.
         """
-        self._expandable[id(result)] = (result, expanded)
+        self._expandable[id(result)] = (result, expanded, otherwise)
+
+    def _note_expandable(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._expandable or not isinstance(output, Tensor | list | tuple):
+            return
+        for argument in (*args, *kwargs.values()):
+            if id(argument) in self._expandable and output is not argument:  # x.to(device) may be x
+                self._expandable[id(argument)][2]()
 
     def _expanded(self, argument: Any, args: tuple[Any, ...]) -> Any:
-        result, expanded = self._expandable.get(id(argument), (None, None))
+        result, expanded, _ = self._expandable.get(id(argument), (None, None, None))
         others = [other for other in args if isinstance(other, Tensor) and other is not argument]
         if result is None or expanded is None or not others:
             return argument
         shape = tuple(torch.broadcast_shapes(result.shape, others[0].shape))
         return argument if shape == tuple(result.shape) else expanded(shape)
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[ParameterSlice, ...]]:
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, tuple[ParameterSlice, ...]]]:
         known, found = self._known, []
         for argument in (*args, *kwargs.values()) if kwargs else args:
             if id(argument) in known:
-                found.append(known[id(argument)][1])
+                found.append(known[id(argument)])
             elif isinstance(argument, list | tuple):
-                found += [known[id(item)][1] for item in argument if id(item) in known]
+                found += [known[id(item)] for item in argument if id(item) in known]
         return found
 
-    def _report(self, func: Callable[..., Any], found: list[tuple[ParameterSlice, ...]]) -> None:
-        name = getattr(func, "__name__", str(func))
+    def _report(self, func: Callable[..., Any], found: list[tuple[ParameterSlice, ...]], how: str = "used by") -> None:
         for part in (part for slices in found for part in slices):
-            self.foreign.setdefault(part.name, f"used by {name}()")
+            self.foreign.setdefault(part.name, f"{how} {_name(func)}()")
 
-    def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        found = self._found(args, kwargs)
+    def _follow(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        found: list[tuple[ParameterSlice, ...]],
+    ) -> None:
         if not found and not self._detached:  # most calls by far
+            return
+        if func in _LIKE and id(args[0]) not in self._known and id(args[0]) not in self._detached:
             return
         results = result if isinstance(result, list | tuple) else (result,)
         outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
-        computes = any(output.is_floating_point() for output in outputs)
+        compares = bool(outputs) and _name(func).strip("_") in _COMPARISONS
+        computes = compares or any(output.is_floating_point() for output in outputs)
         if computes:
             self._note_detached(args, kwargs)
         if not found:
@@ -189,7 +219,7 @@ class Interception(TorchFunctionMode):
         if func in _DETACHES and outputs:
             self._detached[id(outputs[0])] = (outputs[0], found[0][0].name)
             return
-        if computes and not torch.is_grad_enabled():
+        if compares or (computes and not torch.is_grad_enabled()):
             self.frozen_uses.update(part.name for slices in found for part in slices)
         turned = any(part.transposed for slices in found for part in slices)
         if func in _TRANSPOSES and len(found[0]) == 1 and outputs and outputs[0].dim() == 2:
@@ -227,6 +257,10 @@ class Interception(TorchFunctionMode):
                 offset += stop - start
             self._learn(part, tuple(inside))
             begin = end
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", str(func))
 
 
 def _indexed(slices: tuple[ParameterSlice, ...], tensor: Tensor, index: Any) -> ParameterSlice | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.errors import Refused
+from deltasam_plugin.instance.compilation import uncompiled
 from deltasam_plugin.instance.engine import InstanceEngine
 from deltasam_plugin.loss import Ascend, Backward, Objective, Statistics, check_losses, plain_backward
 from deltasam_plugin.precision import observed_dtypes
@@ -42,7 +43,7 @@ class InstancePerturbation:
             objective = forward()
         check_losses(objective.losses)
         if self._checks is not None:
-            with unchanged_versions(self._engine.parameters):
+            with unchanged_versions(self._engine.parameters), uncompiled():
                 self._checks.replay(objective, forward, conditions, dtypes)
         if objective.shared is not None:
             raise Refused(

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
+from deltasam_plugin.instance.compilation import uncompiled
+from deltasam_plugin.instance.coverage import REMEDY
 from deltasam_plugin.instance.interception import Interception, ParameterSlice
 from deltasam_plugin.instance.layers import LAYERS
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
@@ -33,9 +36,11 @@ def intercept_layers(
         handle: called as ``handle(layer, arguments, key, x)`` with ``x = layer.rows(arguments.x)``, one tensor for all
             layers that read the same input. Returns the result of ``layer.run``.
         once: for these rows. The caller clears it once the pass is over.
-        superseded: filled with calls whose rows all samples share, and which further calls with rows for each replace.
+        superseded: filled with calls whose rows all samples share, and which further calls with rows for each replace
+            wherever they are used.
     """
     uses: Counter[Use] = Counter()
+    also_used: set[CallKey] = set()
 
     def visit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = LAYERS[func]
@@ -51,12 +56,16 @@ def intercept_layers(
             key = CallKey(*use, uses[use] - 1, len(arguments.leading_shape))
 
             def expanded(shape: tuple[int, ...]) -> Tensor:
-                superseded.add(key)
+                superseded.update({key} - also_used)
                 x = arguments.x.expand(shape[: len(shape) - 1])
                 with torch.enable_grad():
                     return run(layer, replace(arguments, x=x, leading_shape=tuple(x.shape)), use)
 
-            interception.expand_in_sums(result, expanded)
+            def otherwise() -> None:
+                also_used.add(key)
+                superseded.discard(key)
+
+            interception.expand_in_sums(result, expanded, otherwise)
         return result
 
     def run(layer: Layer, arguments: CallArguments, use: Use) -> Tensor:
@@ -123,13 +132,15 @@ class Tape:
     def running(self) -> Iterator[None]:
         """To be entered around the pass."""
         try:
-            with unfused_norms(), self._interception:
+            with uncompiled(), unfused_norms(), self._interception:
                 yield
         finally:
             self._once.clear()
 
     def _record(self, layer: Layer, arguments: CallArguments, key: CallKey, x: Tensor) -> Tensor:
         y = layer.run(arguments, x)
+        if not y.requires_grad:
+            raise Refused(f"Instance mode within torch.func (vmap, grad), where {key} cannot be recorded: {REMEDY}.")
         shape = torch.Size(()) if arguments.weight is None else arguments.weight.shape
         detached = self._once(Tensor.detach, x)
         call = RecordedCall(

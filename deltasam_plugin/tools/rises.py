@@ -26,8 +26,7 @@ Forward = Callable[[], Objective]
 
 def at_w(forward: Forward) -> Tensor:
     """Losses of the samples, (B,). A part of the loss that belongs to no sample is shared out among them."""
-    with torch.enable_grad(), forward_only():  # without gradient fairseq's layers may take other kernels
-        return shared_out(forward())
+    return forward_only(lambda: shared_out(forward()))  # without gradient fairseq's layers may take other kernels
 
 
 def shared_out(objective: Objective) -> Tensor:

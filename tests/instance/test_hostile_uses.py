@@ -1,0 +1,220 @@
+"""Uses of samples and parameters that only a comparison shows: exact, or refused in the batch in which they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deltasam_plugin import DeltaSAM
+from deltasam_plugin.errors import Refused
+from deltasam_plugin.instance.engine import ALWAYS_CHECKED
+from tests.helpers.tagger import WIDTH, Tagger, check, run
+
+LATER = ALWAYS_CHECKED + 3  # number of a batch that nothing checks but what is new in it
+ONE_SHAPE = [(4, 3)] * (LATER + 2)
+
+
+@pytest.mark.parametrize("distance", [1, 2])
+def test_a_partner_behind_detach(distance: int) -> None:
+    """Two views of every sample in one batch, each the target of the other."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = model.layers(model.words(tokens)).mean(1)
+        return -F.cosine_similarity(model.again(x), x.roll(distance, 0).detach(), dim=1)
+
+    check(run(model, losses, ONE_SHAPE), "refused")
+
+
+@pytest.mark.parametrize("language", [False, True])
+def test_a_shared_row_that_is_also_used_behind_detach(language: bool) -> None:
+    """Positions or languages are added to all samples, as if each had rows of its own; the gate takes them as they are."""
+    model = Tagger()
+    model.shared = nn.Embedding(5, WIDTH)
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        if language:
+            x, shared = model.words(tokens.t()), model.shared(tokens[:, 0] % 5)
+        else:
+            x, shared = model.words(tokens), model.shared(torch.arange(tokens.shape[1]))
+        x = (x + shared) * torch.sigmoid(shared.detach())
+        return model.classified(torch.tanh(model.hidden(x)).sum(0 if language else 1), tokens)
+
+    check(run(model, losses), "exact", "refused")
+
+
+@pytest.mark.parametrize("batch", [8, 64])
+@pytest.mark.parametrize("largest", [1.0, 1000.0])
+def test_a_little_mixing_in_single_precision(batch: int, largest: float) -> None:
+    """One sample with a huge loss does not hide what happens to the others."""
+    torch.manual_seed(0)
+    model, hidden = nn.Linear(10, 16), nn.Linear(16, 5)
+    x, y, factors = torch.randn(batch, 10), torch.randint(5, (batch,)), torch.ones(batch)
+    factors[0] = largest
+
+    def losses() -> Tensor:
+        h = torch.tanh(model(x))
+        return factors * F.cross_entropy(hidden(h - h.detach().mean(0)), y, reduction="none")
+
+    parameters = [*model.parameters(), *hidden.parameters()]
+    optimizer = DeltaSAM(parameters, torch.optim.SGD, rho=0.01, perturbation="instance", lr=0.1)
+    with pytest.raises(Refused, match="changes with the perturbation of another"):
+        optimizer.step(losses)
+
+
+WRITES: dict[str, Callable[[Tagger], object]] = {
+    "projected": lambda m: m.hidden.weight.clamp_(-0.2, 0.2),
+    "pruned": lambda m: m.hidden.weight.mul_(torch.arange(WIDTH) % 2),
+    "pruned by torch": lambda m: torch.mul(m.hidden.weight, torch.arange(WIDTH) % 2, out=m.hidden.weight),
+    "normalized rows": lambda m: nn.init.normal_(m.hidden.weight[:2]),
+}
+
+
+@pytest.mark.parametrize("kind", WRITES)
+def test_writing_to_a_weight_in_the_forward_pass(kind: str) -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        with torch.no_grad():
+            WRITES[kind](model)
+        return model.classified(model.layers(model.words(tokens)).sum(1), tokens)
+
+    check(run(model, losses), "refused")
+
+
+def test_comparing_with_a_parameter() -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = model.hidden(model.words(tokens))
+        return model.classified((x * (x > model.hidden.bias)).sum(1), tokens)
+
+    check(run(model, losses, rho=1.5), "refused")
+
+
+def test_an_earlier_use_of_a_layer_is_left_out_later() -> None:
+    """Then its second use, of rows in another order, is the first one (stochastic depth with shared layers)."""
+    model = Tagger()
+    model.first = nn.Linear(WIDTH, WIDTH)
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        batch, length = tokens.shape
+        x = torch.tanh(model.first(model.words(tokens).view(batch * length, WIDTH)))
+        if number % (LATER + 1) < LATER:
+            by_time = x.view(batch, length, WIDTH).transpose(0, 1).reshape(-1, WIDTH)
+            by_time = torch.tanh(model.hidden(by_time))
+            x = torch.tanh(by_time.view(length, batch, WIDTH).transpose(0, 1).reshape(-1, WIDTH))
+        x = torch.tanh(model.hidden(x)).view(batch, length, WIDTH)
+        return model.classified(x.sum(1), tokens)
+
+    verdicts = run(model, losses, [(2 + n % 3, 3 + n % 4) for n in range(LATER + 4)])
+    assert len(verdicts) == LATER + 4
+    check(verdicts, "exact")
+
+
+class Scripted(nn.Module):
+    """A layer that can be compiled by torch.jit.script, where instance mode does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x))
+
+
+def test_a_layer_that_is_scripted_later() -> None:
+    model, layer = Tagger(), Scripted()
+    scripted = torch.jit.script(layer.double())
+    model.own = layer
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = model.words(tokens)
+        x = scripted(x) if number >= LATER else torch.tanh(F.linear(x, layer.layer.weight, layer.layer.bias))
+        return model.classified(x.sum(1), tokens)
+
+    verdicts = run(model, losses, ONE_SHAPE)
+    check(verdicts[:-1], "exact")
+    check(verdicts[-1:], "refused")
+    assert len(verdicts) == LATER + 1
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_normalization_that_is_trained_later(affine: bool) -> None:
+    model, norm = Tagger(), nn.BatchNorm1d(WIDTH, affine=affine).double()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        norm.train(number >= LATER)
+        return model.classified(norm(model.hidden(model.words(tokens)).sum(1)), tokens)
+
+    verdicts = run(model, losses, ONE_SHAPE)
+    check(verdicts[:-1], "exact")
+    check(verdicts[-1:], "refused")
+    assert len(verdicts) == LATER + 1
+
+
+@pytest.mark.parametrize("cast", [lambda x, weight: x.type_as(weight), lambda x, weight: x.to(weight)])
+def test_rows_cast_to_the_type_of_a_weight(cast: Callable[[Tensor, Tensor], Tensor]) -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = 1.5 * cast(model.words(tokens), model.hidden.weight)
+        return model.classified(torch.tanh(model.hidden(x)).sum(1), tokens)
+
+    check(run(model, losses), "exact")
+
+
+def test_samples_by_vmap() -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return model.classified(torch.func.vmap(model.layers)(model.words(tokens)).sum(1), tokens)
+
+    check(run(model, losses), "refused")
+
+
+def test_checkpointing_that_runs_a_backward_pass_of_its_own() -> None:
+    model, tokens = Tagger(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+    def losses() -> Tensor:
+        x = checkpoint(model.layers, model.words(tokens), use_reentrant=True)
+        return model.classified(x.sum(1), tokens)
+
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.3, perturbation="instance", lr=0.1)
+    with pytest.raises(Refused, match="activation checkpointing"):
+        optimizer.step(losses)
+
+
+def test_a_compiled_module_runs_as_it_is_written() -> None:
+    model = Tagger()
+    compiled = torch.compile(model.again, backend="eager")
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return model.classified(torch.tanh(compiled(torch.tanh(model.hidden(model.words(tokens))))).sum(1), tokens)
+
+    check(run(model, losses), "exact")
+
+
+def test_losses_stacked_in_changing_numbers_stay_familiar() -> None:
+    """However their kinds are mixed: else every batch would be compared."""
+    model = Tagger().double()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.3, perturbation="instance", lr=0.1)
+    steps: list[int] = []  # forward passes of each
+
+    def losses() -> Tensor:
+        steps[-1] += 1
+        generator = torch.Generator().manual_seed(len(steps))
+        kinds = torch.randint(2, (8,), generator=generator).tolist()
+        x = torch.tanh(model.hidden(model.words(torch.arange(8).view(8, 1)))).sum(1)
+        own = model.out(x)
+        return torch.stack([own[i].logsumexp(0) if kind else own[i].square().sum() for i, kind in enumerate(kinds)])
+
+    for _ in range(2 * LATER):
+        steps.append(0)
+        optimizer.step(losses)
+    assert steps[ALWAYS_CHECKED : 2 * ALWAYS_CHECKED - 1] == [2] * (ALWAYS_CHECKED - 1)

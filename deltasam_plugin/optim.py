@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.momentum import check_momentum, momentum_of
-from deltasam_plugin.checks import Checks
+from deltasam_plugin.checks import Checks, refuse_ignored, refuse_sharded
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Logits, Objective, Statistics
 from deltasam_plugin.modes import Perturbations, chosen_parameters
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
 
-STEP, FIRST_LR = "delta_sam_step", "delta_sam_first_lr"  # in the first parameter group
+STEP, GREATEST_LR = "delta_sam_step", "delta_sam_greatest_lr"  # in the first parameter group
 
 
 class DeltaSAM(Optimizer):
@@ -55,7 +55,8 @@ class DeltaSAM(Optimizer):
         descent_weight: of the latter two, by default 9 and 0.4.
         interval: every N-th step is sharpness-aware, and the others are the base optimizer's own.
         warmup_updates: the radius grows linearly over so many steps.
-        rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up.
+        rho_schedule: ``constant``; or ``lr``, proportional to the learning rate of the first group after the warm-up,
+            and ρ where that is greatest.
         **base_options: options of the base optimizer, by their own names.
 
     Raises:
@@ -113,6 +114,7 @@ class DeltaSAM(Optimizer):
         if isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.LBFGS):
             raise ValueError("Invalid base_optimizer LBFGS: it evaluates the loss itself. Use one that takes one step.")
         self.base_optimizer = base_optimizer(params, **base_options)
+        refuse_ignored(self.base_optimizer)
         self.statistics: Statistics | None = None
         self._begin_run()
 
@@ -198,7 +200,13 @@ class DeltaSAM(Optimizer):
 
         def first() -> Objective:
             with before_forward(self._refuse_static_graph):
-                return objective_of(closure())
+                objective = objective_of(closure())
+            if any(p.grad is not None for each in self.param_groups for p in each["params"]):
+                raise ValueError(
+                    "The closure called backward(): it must only return the per-sample losses, from which step() takes "
+                    "gradients itself. Take gradients at the inputs by torch.autograd.grad."
+                )
+            return objective
 
         group = self.param_groups[0]
         step = group.get(STEP, 0)
@@ -220,12 +228,13 @@ class DeltaSAM(Optimizer):
         return loss.detach()
 
     def _relative_lr(self) -> float:
-        """The first group's learning rate as a fraction of the scheduler's base, or of the first step's."""
+        """The first group's learning rate as a fraction of the greatest so far, or of what a scheduler announces."""
         group = self.param_groups[0]
         if self.settings.rho_schedule != "lr":
             return 1.0
-        start = group.get("initial_lr", group.setdefault(FIRST_LR, group["lr"]))
-        return float(group["lr"]) / float(start) if start else 1.0
+        known = (group.get(name, 0.0) for name in (GREATEST_LR, "initial_lr", "max_lr", "lr"))
+        group[GREATEST_LR] = greatest = max(map(float, known))
+        return float(group["lr"]) / greatest if greatest else 1.0
 
     def _refuse_static_graph(self, module: nn.Module) -> None:
         static = isinstance(module, DistributedDataParallel) and module.static_graph
@@ -241,6 +250,7 @@ class DeltaSAM(Optimizer):
         if not trained:
             raise ValueError("DeltaSAM.step() without a trainable parameter: all are frozen. Unfreeze some before it.")
         if self._perturbations is None or not self._perturbations.fit(trained, self.settings):
+            refuse_sharded(trained)
             named = {name: PerturbedParameter(parameter) for name, parameter in self._names().items()}
             chosen, base = chosen_parameters(named, self.settings), self.base_optimizer
             self._perturbations = Perturbations(
@@ -253,7 +263,7 @@ class DeltaSAM(Optimizer):
         return self._perturbations
 
     def _names(self) -> dict[str, Tensor]:
-        """The trained parameters by name: their own, or numbers."""
+        """The trained parameters by name: their own, numbered where modules have the same ones, or numbers."""
         named: dict[str, Tensor] = {}
         for group in self.param_groups:
             names = group.get("param_names")
@@ -264,7 +274,8 @@ class DeltaSAM(Optimizer):
                 )
             for i, parameter in enumerate(group["params"]):
                 if parameter.requires_grad:
-                    named[f"parameter {len(named)}" if names is None else names[i]] = parameter
+                    name = f"parameter {len(named)}" if names is None else names[i]
+                    named[name if name not in named else f"{name} ({len(named)})"] = parameter
         return named
 
 

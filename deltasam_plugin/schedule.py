@@ -23,11 +23,11 @@ def radius(settings: Settings, update: int, relative_lr: float) -> float:
     Args:
         settings: validated settings.
         update: t, number of updates before it.
-        relative_lr: the learning rate as a fraction of its greatest.
+        relative_lr: the learning rate as a fraction of its greatest. More counts as 1.
 
     Returns:
         The radius, L2 norm in parameter space.
     """
     if update < settings.warmup_updates:
         return settings.radius * (update + 1) / settings.warmup_updates
-    return settings.radius * (relative_lr if settings.rho_schedule == "lr" else 1.0)
+    return settings.radius * (min(1.0, relative_lr) if settings.rho_schedule == "lr" else 1.0)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from deltasam_plugin.batch.descent import DESCENTS
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 
@@ -244,8 +246,8 @@ def _flag(name: str) -> str:
 
 
 def _integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float | np.floating | np.integer) and math.isfinite(value)

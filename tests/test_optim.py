@@ -679,3 +679,68 @@ def test_norms_of_half_precision_losses_are_in_single_precision(weighting):
     optimizer.step(lambda: model(x).squeeze(1).half())
     assert optimizer.statistics.ascent_gnorm.item() == pytest.approx(8 * 3.0001e4, rel=1e-6)
     assert optimizer.statistics.eps_norm.item() == pytest.approx(0.05, rel=1e-6)
+
+
+def test_modules_with_the_same_names_are_all_perturbed():
+    """Parameters that are given by name, from two modules: each has a weight and a bias."""
+    x, y = batch_of(0)
+    moved = []
+    for named in (True, False):
+        torch.manual_seed(0)
+        first, second = nn.Linear(4, 8), nn.Linear(8, 3)
+        groups = [{"params": m.named_parameters() if named else m.parameters()} for m in (first, second)]
+        optimizer = DeltaSAM(groups, torch.optim.SGD, rho=0.5, weighting="uniform", lr=0.1)
+        optimizer.step(lambda: F.cross_entropy(second(first(x)), y, reduction="none"))  # noqa: B023
+        moved.append([p.tolist() for p in (*first.parameters(), *second.parameters())])
+    assert moved[0] == moved[1]
+
+
+def test_a_closure_that_calls_backward_is_refused():
+    model = Net()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1)
+
+    def closure():
+        losses = closure_of(model, 0)()
+        losses.mean().backward()
+        return losses
+
+    with pytest.raises(ValueError, match=r"closure called backward\(\).*autograd.grad"):
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize(
+    ("group", "options", "message"),
+    [
+        ({"rho": 0.0}, {}, r"Invalid rho=0.0 of a parameter group.*parameters="),
+        ({"maximize": True}, {}, r"Invalid maximize=True.*Negate the losses"),
+        ({}, {"maximize": True}, r"Invalid maximize=True.*Negate the losses"),
+    ],
+)
+def test_options_of_a_group_that_would_be_ignored_are_refused(group, options, message):
+    model = Net()
+    with pytest.raises(ValueError, match=message):
+        DeltaSAM([{"params": model.parameters(), **group}], torch.optim.SGD, lr=0.1, **options)
+
+
+def test_a_base_optimizer_with_a_rho_of_its_own_keeps_it():
+    optimizer = DeltaSAM(Net().parameters(), torch.optim.Adadelta, rho=0.05)
+    assert (optimizer.settings.rho, optimizer.param_groups[0]["rho"]) == (0.05, 0.9)
+
+
+@pytest.mark.parametrize("shard", ["FSDP", "fully_shard"])
+def test_sharded_parameters_are_refused(tmp_path, shard):
+    from torch.distributed import fsdp
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = Net()
+        if shard == "FSDP":
+            model = fsdp.FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        else:
+            fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.05, weighting="uniform", lr=0.1)
+        with pytest.raises(Refused, match=r"sharded.*DistributedDataParallel"):
+            optimizer.step(closure_of(model, 0))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import lr_scheduler
 
 from deltasam_plugin import DeltaSAM, Settings
 from deltasam_plugin.schedule import perturbs, radius
@@ -107,6 +109,47 @@ def test_the_radius_of_each_step(mode: dict[str, str]) -> None:
     assert steps(5, rho=0.2, warmup_updates=4, **mode)[1] == [0.05, 0.1, 0.15, 0.2, 0.2]
     assert steps(6, rho=0.2, rho_schedule="lr", **mode)[1] == [0.2, 0.2, 0.1, 0.1, 0.05, 0.05]
     assert steps(6, rho=0.2, rho_schedule="lr", warmup_updates=4, **mode)[1] == [0.05, 0.1, 0.15, 0.2, 0.05, 0.05]
+
+
+SCHEDULERS: dict[str, tuple[float, Callable[[Any], Any], list[float]]] = {  # rate at the start, and radii of 0.2
+    "one cycle": (0.1, lambda o: lr_scheduler.OneCycleLR(o, 0.4, total_steps=4, anneal_strategy="linear"), []),
+    "cyclic": (0.1, lambda o: lr_scheduler.CyclicLR(o, 0.1, 0.4, step_size_up=3, cycle_momentum=False), [0.2] * 4),
+    "linear": (0.1, lambda o: lr_scheduler.LinearLR(o, 0.25, 1.0, total_iters=3), [0.05, 0.1, 0.15, 0.2]),
+    "constant": (0.0, lambda o: lr_scheduler.ConstantLR(o), [0.2] * 4),
+}
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_radius_is_never_above_rho(name: str, tensor: bool) -> None:
+    """It follows the learning rate as a fraction of the greatest so far, or of a greater one that is announced."""
+    lr, make, radii = SCHEDULERS[name]
+    torch.manual_seed(0)
+    model = Classifier(4, 3)
+    rate: Any = torch.tensor(lr) if tensor else lr
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.2, rho_schedule="lr", weighting="uniform", lr=rate)
+    scheduler, moved, rates = make(optimizer), [], []
+    for _ in range(4):
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step(lambda: F.cross_entropy(model(X), Y, reduction="none"))
+        assert optimizer.statistics is not None
+        moved.append(optimizer.statistics.eps_norm.item())
+        scheduler.step()
+    assert moved == pytest.approx(radii or [0.2 * rate / 0.4 for rate in rates], rel=1e-4, abs=1e-6)
+    assert max(moved) <= 0.2001
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_radius_that_becomes_zero_is_no_skipped_perturbation(mode: dict[str, str]) -> None:
+    model = Classifier(4, 3)
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.2, rho_schedule="lr", lr=0.1, **mode)
+    for lr, moved in ((0.1, 0.2), (0.0, 0.0)):
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step(lambda: F.cross_entropy(model(X), Y, reduction="none"))
+        assert optimizer.statistics is not None
+        assert optimizer.statistics.eps_norm.item() == pytest.approx(moved)
+        assert optimizer.statistics.ascent_gnorm.item() > 0
+        assert optimizer.statistics.skipped.item() == 0
 
 
 @pytest.mark.parametrize("mode", [["--sam-weighting", "uniform"], INSTANCE], ids=["batch", "instance"])

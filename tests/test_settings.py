@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from deltasam_plugin import Settings
@@ -73,3 +74,7 @@ def test_every_listed_weighting_is_accepted(weighting):
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(AttributeError):
         Settings().rho = 1.0
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Settings(np.float64(0.05), probes=np.int64(2)) == Settings(0.05, probes=2)

@@ -11,5 +11,5 @@ def register() -> None:
 
     optimizer.OPTIONS.refresh()
     criterion.OPTIONS.refresh()
-    compat.show_base_names()
+    compat.show_base_components((optimizer.OPTIONS, criterion.OPTIONS))
     compat.allow_checkpoints()

@@ -57,9 +57,7 @@ class BaseOptions:
         dataclass = self.dataclass_of(name)
         if dataclass is None:
             return {action.dest: action.default for action in _actions(self.components[name])}
-        instance = dataclass()
-        names = [field.name for field in dataclasses.fields(dataclass) if not field.name.startswith("_")]
-        defaults = {name: instance._get_default(name) for name in names}
+        defaults = {name: default for name, (_, default) in _fields(dataclass).items()}
         elsewhere = {name for name, value in defaults.items() if value == MISSING or str(value).startswith("${")}
         return {name: None if name in elsewhere else value for name, value in defaults.items()}
 
@@ -141,8 +139,10 @@ class BaseOptions:
             return base, self.components[base], self._namespace(cfg, base, given)
         section = OmegaConf.create({"_name": base})
         section._set_flag("allow_objects", True)
+        fields = _fields(dataclass)
         for name, value in given.items():
-            section[name] = value
+            place, _ = fields[name]
+            OmegaConf.update(section, ".".join((*place, name)), value)
         section.__dict__["_parent"] = cfg.__dict__["_parent"]
         return base, self.components[base], merge_with_parent(dataclass(), section)
 
@@ -157,6 +157,21 @@ class BaseOptions:
                 )
             flat[action.dest] = action.default
         return Namespace(**{**flat, **given, self.registry: base, "_name": base})
+
+
+def _fields(dataclass: type[FairseqDataclass], place: tuple[str, ...] = ()) -> dict[str, tuple[tuple[str, ...], Any]]:
+    """The options of a configuration by name: the sections within it that hold them, and their defaults.
+
+    A command line gives the options of inner sections by their own names.
+    """
+    instance, found = dataclass(), {}
+    for name in (field.name for field in dataclasses.fields(dataclass) if not field.name.startswith("_")):
+        default = instance._get_default(name)
+        if isinstance(default, FairseqDataclass):
+            found.update(_fields(type(default), (*place, name)))
+        else:
+            found[name] = place, default
+    return found
 
 
 def _actions(component: type) -> list[Action]:

@@ -1,7 +1,7 @@
 """Changes to fairseq itself, for its older tasks and models and for its checkpoints. `register()` makes them."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -10,34 +10,43 @@ import torch
 from fairseq import models, tasks
 from fairseq.data import Dictionary
 
-from deltasam_plugin.fairseq.base_options import NAME
+from deltasam_plugin.fairseq.base_options import NAME, BaseOptions
 
 
-def show_base_names() -> None:
-    """Show tasks and models the names of the base components in place of δ-SAM's.
+def show_base_components(options: Sequence[BaseOptions]) -> None:
+    """Show tasks and models the names and the options of the base components in place of δ-SAM's.
 
     Tasks and models that still use argparse get the whole command line. Some look up the criterion there: the task
     sentence_ranking insists on its own, and the models lstm, lstm_lm and fconv_lm build an adaptive softmax for
-    adaptive_loss only. A checkpoint keeps these names too, and fairseq reads them without the plugin.
-    """
-    tasks.setup_task = showing_base_names(tasks.setup_task)
-    models.build_model = showing_base_names(models.build_model)
-
-
-def showing_base_names(build: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a function that builds a task or a model: it sees the names of the base components.
+    adaptive_loss only. Some read its options: s2t_transformer builds a layer for CTC if ``ctc_weight`` is positive,
+    which is the criterion's default. A checkpoint keeps all this too, and fairseq reads it without the plugin.
 
     Args:
-        build: takes the configuration as its first argument. A namespace is a whole command line: its names are changed
-            in place. Any other configuration is left alone.
+        options: of the optimizers and of the criterions.
+    """
+    tasks.setup_task = showing_base_components(tasks.setup_task, options)
+    models.build_model = showing_base_components(models.build_model, options)
+
+
+def showing_base_components(build: Callable[..., Any], options: Sequence[BaseOptions]) -> Callable[..., Any]:
+    """Wrap a function that builds a task or a model: it sees the base components.
+
+    Args:
+        build: takes the configuration as its first argument. A namespace is a whole command line: it is changed in
+            place. Any other configuration is left alone.
+        options: as above.
     """
 
     @wraps(build)
     def wrapper(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(cfg, Namespace):
-            for registry in ("criterion", "optimizer"):
+            for of_components in options:
+                registry = of_components.registry
                 if getattr(cfg, registry, None) == NAME:
-                    setattr(cfg, registry, getattr(cfg, f"base_{registry}"))
+                    base = getattr(cfg, f"base_{registry}")
+                    setattr(cfg, registry, base)
+                    absent = of_components.options_of(base) if base in of_components.components else {}
+                    vars(cfg).update({k: v for k, v in absent.items() if v is not None and not hasattr(cfg, k)})
         return build(cfg, *args, **kwargs)
 
     return wrapper

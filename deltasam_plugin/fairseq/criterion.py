@@ -31,7 +31,7 @@ from deltasam_plugin.fairseq.errors import one_message
 from deltasam_plugin.fairseq.optimizer import active_optimizer
 from deltasam_plugin.fairseq.parameters import named_parameters
 from deltasam_plugin.fairseq.refusals import refuse_unsupported
-from deltasam_plugin.fairseq.scalars import PREFIX, log_entries, log_scalars
+from deltasam_plugin.fairseq.scalars import ENTRIES, log_entries, log_scalars
 from deltasam_plugin.loss import Objective
 
 OPTIONS = BaseOptions("criterion", DeltaSAMCriterionConfig, PER_SAMPLE_LOSSES.__contains__)
@@ -104,7 +104,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
     @classmethod
     def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
         """Log the base criterion's scalars, and in training δ-SAM's."""
-        own = [{key: log[key] for key in log if not key.startswith(PREFIX)} for log in logging_outputs]
+        own = [{key: log[key] for key in log if key not in ENTRIES} for log in logging_outputs]
         super().reduce_metrics(own)  # without ours, because wav2vec logs every entry
         log_scalars(logging_outputs)
 

@@ -67,6 +67,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     _warned: bool = False
     _announced: bool = False
     _momentum_checked: bool = False
+    _expected: int | None = None  # the number of this update, once it is known
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -85,6 +86,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
+        self._expected = None if self._expected is None else self._expected + 1
         if self.settings.ascent != "gradient" and not self._momentum_checked:
             with one_message():
                 states = (self._state_of(holder) for holder in self.parameters.given if holder.grad is not None)
@@ -96,8 +98,21 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """The number of updates before this one, in a resumed run too.
 
         fairseq's trainer tells an optimizer nothing of it. But it seeds torch with seed + updates before each update.
+
+        Raises:
+            Unsupported: something else has seeded torch.
         """
-        return torch.initial_seed() - self.seed
+        found = torch.initial_seed() - self.seed
+        self._expected = max(found, 0) if self._expected is None else self._expected
+        if found != self._expected:
+            raise Unsupported(
+                f"The number of the update cannot be told, on which interval, warm-up and schedule of the radius "
+                f"depend: fairseq seeds torch with {self.seed} plus that number before each update, and the seed is "
+                f"{torch.initial_seed()}, not {self.seed + self._expected}. The task, the model or the criterion seeds "
+                "torch itself. Leave out torch.manual_seed there, or --sam-interval, --sam-warmup-updates and "
+                "--sam-rho-schedule."
+            )
+        return found
 
     @property
     def perturbs(self) -> bool:
@@ -109,7 +124,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """The radius in this update."""
         if not self.settings.rho_varies:
             return self.settings.radius
-        return schedule.radius(self.settings, self.updates, self.get_lr() / self.peak_lr)
+        return schedule.radius(self.settings, self.updates, self.get_lr() / self.peak_lr if self.peak_lr else 1.0)
 
     def change(self, **values: Any) -> None:
         """Go on with other settings, by name. What was learned about the model under the old ones is forgotten.
@@ -174,6 +189,12 @@ def sharpness_aware(base: type[FairseqOptimizer]) -> type[SharpnessAwareOptimize
     return type(base.__name__, (SharpnessAwareOptimizer, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
+def greatest_rates(root: DictConfig) -> list[float]:
+    """The greatest learning rates that the scheduler announces beside ``--lr`` (triangular)."""
+    greatest = option(root, "lr_scheduler", "max_lr")
+    return [] if greatest is None else [float(greatest)]
+
+
 @register_optimizer(NAME, dataclass=DeltaSAMOptimizerConfig)
 class FairseqDeltaSAM(FairseqOptimizer):
     """The entry in fairseq's registry. :meth:`build_optimizer` returns the base optimizer with settings."""
@@ -201,7 +222,7 @@ class FairseqDeltaSAM(FairseqOptimizer):
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
         optimizer.seed = option(root, "common", "seed") or 0
-        optimizer.peak_lr = max(option(root, "optimization", "lr") or [1.0])
+        optimizer.peak_lr = max([*(option(root, "optimization", "lr") or [1.0]), *greatest_rates(root)])
         task, criterion = option(root, "task", "_name"), option(root, "criterion", "base_criterion")
         optimizer.names = TrainedBy(task, criterion, name)
         optimizer.backward_passes = BackwardPasses(optimizer.names)

@@ -16,6 +16,7 @@ from deltasam_plugin.settings import Settings
 
 PREFIX = "sam_"
 BATCHES, SHARPNESS = PREFIX + "batches", PREFIX + "sharpness"
+ENTRIES = {BATCHES, PREFIX + "rho", *(PREFIX + item.name for item in fields(Statistics))}  # ours
 SIZE = "sample_size"
 HIDDEN = "_"  # fairseq does not show what begins with it
 OF_PROBES = {"ess", "weight_max", "probes_failed", "probes_lost"}
@@ -67,7 +68,7 @@ def log_scalars(logging_outputs: list[dict[str, Any]]) -> None:
     Args:
         logging_outputs: one of each micro-batch, or their sum.
     """
-    names = {key for log in logging_outputs for key in log if key.startswith(PREFIX)}
+    names = ENTRIES & {key for log in logging_outputs for key in log}
     if BATCHES not in names:
         return
     totals = {name: _total([log[name] for log in logging_outputs if name in log]) for name in (*names, SIZE)}

@@ -22,7 +22,7 @@ from deltasam_plugin.checks import is_power_of_two
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.compilation import uncompiled
-from deltasam_plugin.instance.coverage import DETACHED, REMEDY, Coverage
+from deltasam_plugin.instance.coverage import REMEDY, Coverage
 from deltasam_plugin.instance.entanglement import allowed_change, entangled, halves, marked
 from deltasam_plugin.instance.familiarity import Familiarity
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
@@ -32,7 +32,7 @@ from deltasam_plugin.instance.layout import Listed, merged
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.planning import plan_calls
-from deltasam_plugin.instance.recording import RecordedCall, Tape, intercept_layers
+from deltasam_plugin.instance.recording import RecordedCall, Tape, detached_uses, intercept_layers
 from deltasam_plugin.loss import check_losses
 from deltasam_plugin.precision import Rounding, at_least_float32
 from deltasam_plugin.replay import forward_only
@@ -179,7 +179,7 @@ class InstanceEngine:
             true = {name: g for name, g in zip(verified, found[len(calls) :]) if g is not None}
             gradients = found[: len(calls)]
             groupings, reasons = self._ownership.groupings(calls, gradients, scaled, batch, rows)
-            self._coverage.exclude({**_detached_uses(calls, gradients, tape.superseded), **reasons})
+            self._coverage.exclude({**detached_uses(calls, gradients, tape.superseded), **reasons})
             if nan:
                 self._entangled = entangled(calls, groupings, gradients, nan, marks, self._coverage)
             groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
@@ -293,20 +293,6 @@ def _gradients(
         if isinstance(error, CheckpointError) or "use_reentrant" in str(error):
             raise Refused(CHECKPOINTED) from error
         raise
-
-
-def _detached_uses(
-    calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None], superseded: set[CallKey]
-) -> dict[str, str]:
-    """Parameters with a gradient that are also used where no gradient arrives.
-
-    What the losses take from there without a gradient (a target behind detach) would be computed at w.
-    """
-    pairs = list(zip(calls, gradients))
-    live = {name for call, gradient in pairs if gradient is not None for name in call.names}
-    dead = [call for call, gradient in pairs if gradient is None and call.key not in superseded]
-    silent = {name for call in dead for name in call.names}
-    return dict.fromkeys(live & silent, DETACHED)
 
 
 def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) -> PerSampleGradients:

@@ -66,7 +66,8 @@ class InstancePerturbation:
                 if solution.checked:
                     self._engine.refuse_mixed_values(solution, at_w, replay)
             norms, lengths = solution.perturbation.norms, solution.perturbation.lengths
-            moved, constant = lengths > 0, self._engine.loss_budget is None and not self._engine.adaptive
+            moved = lengths > 0 if self._rho > 0 else norms > 0  # skipped is what has no direction
+            constant = self._engine.loss_budget is None and not self._engine.adaptive
             norms_at_w = torch.where(moved, norms / (scale.abs() * solution.sizes), 0)
             statistics.fill(
                 ess=norms.new_ones(()),

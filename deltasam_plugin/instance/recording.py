@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.compilation import uncompiled
-from deltasam_plugin.instance.coverage import REMEDY
+from deltasam_plugin.instance.coverage import DETACHED, REMEDY
 from deltasam_plugin.instance.interception import Interception, ParameterSlice
 from deltasam_plugin.instance.layers import LAYERS
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
@@ -170,3 +170,17 @@ class Tape:
             if name in self._interception.frozen_uses:
                 found.setdefault(name, "used with and without gradient")
         return found
+
+
+def detached_uses(
+    calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None], superseded: set[CallKey]
+) -> dict[str, str]:
+    """Parameters with a gradient that are also used where no gradient arrives.
+
+    What the losses take from there without a gradient (a target behind detach) would be computed at w.
+    """
+    pairs = list(zip(calls, gradients))
+    live = {name for call, gradient in pairs if gradient is not None for name in call.names}
+    dead = [call for call, gradient in pairs if gradient is None and call.key not in superseded]
+    silent = {name for call in dead for name in call.names}
+    return dict.fromkeys(live & silent, DETACHED)

@@ -60,8 +60,8 @@ class Run:
         return self.scalars.get(TRAIN, {}).get(name) or self.scalars.get(EPOCHS, {}).get(name) or Curve()
 
     def validation(self, name: str) -> Curve:
-        """A scalar of the first validation subset."""
-        subsets = [part for part in sorted(self.scalars) if part not in NOT_VALIDATION]
+        """A scalar of the validation subset ``valid``, or of the first one by name if there is none called so."""
+        subsets = sorted(set(self.scalars) - {*NOT_VALIDATION}, key=lambda part: (part != "valid", part))
         return self.scalars[subsets[0]].get(name, Curve()) if subsets else Curve()
 
 

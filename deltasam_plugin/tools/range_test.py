@@ -74,8 +74,8 @@ def measure(
     trainer.cfg.optimizer.sam_perturbation = mode
     with one_message():
         refuse_unsupported(trainer.cfg)
-    group = optimizer.settings.group if mode == "instance" else 1
-    optimizer.change(perturbation=mode, group=group, **ALWAYS)
+        group = optimizer.settings.group if mode == "instance" else 1
+        optimizer.change(perturbation=mode, group=group, **ALWAYS)
     settings = optimizer.settings
     rises, changes = dict.fromkeys(grid, 0.0), dict.fromkeys(grid, 0.0)
     loss = size = 0.0

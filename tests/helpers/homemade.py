@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import numpy as np
+import torch
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
@@ -22,6 +23,7 @@ from deltasam_plugin import per_sample_losses, weighting
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
 WEIGHTING = "inverse_curvature"
 REGULARIZED = "regularized_translation"
+SEEDING = "seeding_translation"
 THAWING, FREEZING = "thawing_translation", "freezing_translation"
 
 
@@ -104,6 +106,15 @@ class FreezingTask(ThawingTask):
     """Translation with a frozen encoder in the second epoch."""
 
     frozen_epoch = 2
+
+
+@register_task(SEEDING, dataclass=TranslationConfig)
+class SeedingTask(TranslationTask):
+    """Translation with the same random numbers in every update."""
+
+    def train_step(self, *arguments: Any, **options: Any) -> Any:
+        torch.manual_seed(42)
+        return super().train_step(*arguments, **options)
 
 
 @register_task(REGULARIZED, dataclass=TranslationConfig)

@@ -33,7 +33,7 @@ def test_a_partner_behind_detach(distance: int) -> None:
 
 @pytest.mark.parametrize("language", [False, True])
 def test_a_shared_row_that_is_also_used_behind_detach(language: bool) -> None:
-    """Positions or languages are added to all samples, as if each had rows of its own; the gate takes them as they are."""
+    """Positions or languages are added to samples, as if each had rows of its own. The gate takes them as they are."""
     model = Tagger()
     model.shared = nn.Embedding(5, WIDTH)
 

@@ -152,11 +152,13 @@ def test_accumulation_and_the_end_of_the_data(translation_data: Path, capsys: py
 
 def test_instance_mode_is_left_out(translation_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where it does not cover the model, or the options exclude it."""
+    noise = [*delta(), "--sam-weighting", "uniform", "--sam-ascent", "noise"]
     for options, reason in (
-        (LSTM, "Instance mode does not cover "),
-        ([*TRANSLATION, "--quant-noise-pq", 0.1], "Invalid quant_noise_pq=0.1 (--quant-noise-pq) with "),
+        ([*LSTM, *base()], "Instance mode does not cover "),
+        ([*TRANSLATION, *base(), "--quant-noise-pq", 0.1], "Invalid quant_noise_pq=0.1 (--quant-noise-pq) with "),
+        ([*TRANSLATION, *noise], "Invalid ascent='noise' (--sam-ascent)"),
     ):
-        find_rho.main(arguments(translation_data, *options, *base()))
+        find_rho.main(arguments(translation_data, *options))
         output, messages = capsys.readouterr()
         (line,) = [line for line in re.split(r"[\r\n]+", messages) if "left out" in line]
         assert line.strip().startswith(f"instance is left out. {reason}")

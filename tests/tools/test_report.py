@@ -113,6 +113,13 @@ def test_a_torn_file_is_read_as_far_as_it_goes(
     assert read_run(tmp_path / "torn").training("loss").updates[0] == 1
 
 
+def test_the_subset_valid_is_shown_and_not_the_first_by_name(logs: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(logs["own"], tmp_path / "run")
+    shutil.copytree(logs["plain"] / "valid", tmp_path / "run" / "test")
+    shown = read_run(tmp_path / "run").validation("loss").last
+    assert shown == last(logs["own"] / "valid", "loss") != last(logs["plain"] / "valid", "loss")
+
+
 def test_runs_of_the_same_name_are_told_apart(logs: dict[str, Path], tmp_path: Path) -> None:
     for parent in "ab":
         shutil.copytree(logs["plain"], tmp_path / parent / "run")

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from deltasam_plugin.checks import is_power_of_two
 from deltasam_plugin.errors import LISTED
 from deltasam_plugin.fairseq.announcements import TrainedBy
 from deltasam_plugin.fairseq.errors import Unsupported
@@ -26,7 +27,7 @@ class BackwardPasses:
         self._ready = False  # whether a sharpness-aware backward pass has run since the last step
         self._inside = False  # whether one is running
         self._plain = False  # whether this update needs none
-        self._first_update = True
+        self._updates = 0  # sharpness-aware ones
         self._hooks: dict[int, RemovableHandle] = {}
         self._foreign: dict[str, None] = {}
 
@@ -48,7 +49,7 @@ class BackwardPasses:
             raise
 
     def follow(self, loss: Tensor, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Follow the backward pass of a sharpness-aware loss, and in the first update all gradients.
+        """Follow the backward pass of a sharpness-aware loss, and all gradients in updates 1, 2, 4, 8 and so on.
 
         Args:
             loss: the loss itself.
@@ -57,7 +58,7 @@ class BackwardPasses:
         node: Any = loss.grad_fn
         node.register_prehook(self._begin)
         node.register_hook(self._end)
-        if self._first_update:
+        if is_power_of_two(self._updates + 1):
             for name, parameter in parameters:
                 if parameter.requires_grad and id(parameter) not in self._hooks:
                     hook = parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrive(name))
@@ -82,7 +83,7 @@ class BackwardPasses:
                 f"Task {task!r} adds loss terms outside the criterion, where δ-SAM does not see them: they gave "
                 f"gradients to {len(self._foreign)} parameters ({listed}). {remedy}"
             )
-        self._first_update = self._first_update and self._plain
+        self._updates += not self._plain
         self._ready = self._plain = False
         for hook in self._hooks.values():
             hook.remove()

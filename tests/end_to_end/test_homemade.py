@@ -74,12 +74,11 @@ def test_half_precision_with_a_task_that_freezes_layers(
     assert scalars(tmp_path / "logs", "sam_eps_norm")["sam_eps_norm"] == pytest.approx([0.05] * 12, rel=0.2)
 
 
+@pytest.mark.parametrize("task", [homemade.REGULARIZED, homemade.LATE_REGULARIZED])
 @pytest.mark.parametrize("perturbation", ["batch", "instance"])
-def test_loss_terms_outside_the_criterion(translation_data: Path, tmp_path: Path, perturbation: str) -> None:
-    options = ["--arch", "transformer_tiny", "--task", homemade.REGULARIZED, *delta()]
-    message = (
-        r"Task 'regularized_translation' adds .* to \d+ parameters \(encoder[^,]+(, encoder[^,]+){4}, …\)\. Use another"
-    )
+def test_loss_terms_outside_the_criterion(translation_data: Path, tmp_path: Path, perturbation: str, task: str) -> None:
+    options = ["--arch", "transformer_tiny", "--task", task, *delta()]
+    message = rf"Task '{task}' adds .* to \d+ parameters \(encoder[^,]+(, encoder[^,]+){{4}}, …\)\. Use another"
     with pytest.raises(RuntimeError, match=message):
         fairseq_train(translation_data, tmp_path, *options, "--sam-perturbation", perturbation, "--update-freq", 2)
 

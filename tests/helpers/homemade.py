@@ -22,7 +22,7 @@ from deltasam_plugin import per_sample_losses, weighting
 
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
 WEIGHTING = "inverse_curvature"
-REGULARIZED = "regularized_translation"
+REGULARIZED, LATE_REGULARIZED = "regularized_translation", "late_regularized_translation"
 SEEDING = "seeding_translation"
 THAWING, FREEZING = "thawing_translation", "freezing_translation"
 
@@ -121,9 +121,19 @@ class SeedingTask(TranslationTask):
 class RegularizedTask(TranslationTask):
     """Translation that pulls the encoder's parameters to zero."""
 
-    def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, *_: Any, **__: Any) -> Any:
+    begins = 0
+
+    def train_step(self, sample: Any, model: Any, criterion: Any, optimizer: Any, update_num: int, **_: Any) -> Any:
         model.train()
         loss, sample_size, logging_output = criterion(model, sample)
-        loss += sum(parameter.square().sum() for parameter in model.encoder.parameters())
+        if update_num >= self.begins:
+            loss += sum(parameter.square().sum() for parameter in model.encoder.parameters())
         optimizer.backward(loss)
         return loss, sample_size, logging_output
+
+
+@register_task(LATE_REGULARIZED, dataclass=TranslationConfig)
+class LateRegularizedTask(RegularizedTask):
+    """The same from the third update on."""
+
+    begins = 2

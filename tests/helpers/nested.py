@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltasam_plugin import per_sample_losses
 
-NESTED = "cross_entropy_with_nested_options"
+NESTED = "nested_label_smoothed_cross_entropy"
 
 
 @dataclass

@@ -1,7 +1,4 @@
-"""Checks of what an optimizer is given, and of a run.
-
-The latter cost a forward pass or wait for the device. They are made on batches 1, 2, 4, 8 and so on.
-"""
+"""Checks of a run that cost a forward pass or wait for the device: made on batches 1, 2, 4, 8 and so on."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.optim import Optimizer
 
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.hooks import before_forward
@@ -119,37 +115,6 @@ class Checks:
                 "were uniform. Use a larger probe scale (--sam-probe-scale), the weighting 'kl' (--sam-weighting), or "
                 "'uniform', which costs no probes.",
                 stacklevel=2,
-            )
-
-
-def refuse_ignored(base: Optimizer) -> None:
-    """Refuse options of parameter groups that mean nothing here.
-
-    Raises:
-        ValueError: names value, rule and remedy.
-    """
-    for group in base.param_groups:
-        if "rho" in group and "rho" not in base.defaults:
-            raise ValueError(
-                f"Invalid rho={group['rho']!r} of a parameter group: all groups share one perturbation. Choose what is "
-                "perturbed by parameters=, a regular expression."
-            )
-        if group.get("maximize"):
-            raise ValueError("Invalid maximize=True: the perturbation ascends the losses. Negate the losses instead.")
-
-
-def refuse_sharded(parameters: Iterable[Tensor]) -> None:
-    """Refuse parameters of which each process has a part.
-
-    Raises:
-        Refused: there are some.
-    """
-    for parameter in parameters:
-        # FullyShardedDataParallel marks its parameters; fully_shard and tensor parallelism make a DTensor of each.
-        if getattr(parameter, "_fsdp_flattened", False) or type(parameter).__name__ == "DTensor":
-            raise Refused(
-                "The parameters are sharded: each process would normalize its own part of the perturbation. δ-SAM "
-                "needs every parameter whole in each process. Use DistributedDataParallel."
             )
 
 

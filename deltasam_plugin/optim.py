@@ -13,14 +13,15 @@ from torch.optim import Optimizer
 from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.momentum import check_momentum, momentum_of
-from deltasam_plugin.checks import Checks, refuse_ignored, refuse_sharded
+from deltasam_plugin.checks import Checks
 from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Logits, Objective, Statistics
 from deltasam_plugin.modes import Perturbations, chosen_parameters
+from deltasam_plugin.refusals import refuse_ignored, refuse_sharded
 from deltasam_plugin.replay import ThreadState, closing_contexts
 from deltasam_plugin.settings import Settings
 
-STEP, GREATEST_LR = "delta_sam_step", "delta_sam_greatest_lr"  # in the first parameter group
+STEP = "delta_sam_step"  # in the first parameter group
 
 
 class DeltaSAM(Optimizer):
@@ -155,10 +156,12 @@ class DeltaSAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of the base optimizer, whether it trained under δ-SAM or alone."""
         self.base_optimizer.load_state_dict(state_dict)
+        refuse_ignored(self.base_optimizer)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
         self.base_optimizer.add_param_group(param_group)
+        refuse_ignored(self.base_optimizer)
 
     def __getattr__(self, name: str) -> Any:
         # Hooks on steps and state dicts: torch's own methods register them in the base optimizer's tables.
@@ -201,7 +204,7 @@ class DeltaSAM(Optimizer):
         def first() -> Objective:
             with before_forward(self._refuse_static_graph):
                 objective = objective_of(closure())
-            if any(p.grad is not None for each in self.param_groups for p in each["params"]):
+            if self._gradients() != cleared:
                 raise ValueError(
                     "The closure called backward(): it must only return the per-sample losses, from which step() takes "
                     "gradients itself. Take gradients at the inputs by torch.autograd.grad."
@@ -211,10 +214,11 @@ class DeltaSAM(Optimizer):
         group = self.param_groups[0]
         step = group.get(STEP, 0)
         self.zero_grad()
+        cleared = self._gradients()
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
             if schedule.perturbs(self.settings, step):
-                rho = schedule.radius(self.settings, step, self._relative_lr())
+                rho = schedule.radius(self.settings, step, schedule.relative_lr(self.settings, group))
                 loss, self.statistics = perturbations.loss(first, lambda: objective_of(closure()).loss, step, rho)
             else:
                 loss, self.statistics = first().loss, None
@@ -227,14 +231,10 @@ class DeltaSAM(Optimizer):
         group[STEP] = step + 1
         return loss.detach()
 
-    def _relative_lr(self) -> float:
-        """The first group's learning rate as a fraction of the greatest so far, or of what a scheduler announces."""
-        group = self.param_groups[0]
-        if self.settings.rho_schedule != "lr":
-            return 1.0
-        known = (group.get(name, 0.0) for name in (GREATEST_LR, "initial_lr", "max_lr", "lr"))
-        group[GREATEST_LR] = greatest = max(map(float, known))
-        return float(group["lr"]) / greatest if greatest else 1.0
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """What tells whether gradients were written to: the tensors and their versions."""
+        gradients = (p.grad for group in self.param_groups for p in group["params"])
+        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
 
     def _refuse_static_graph(self, module: nn.Module) -> None:
         static = isinstance(module, DistributedDataParallel) and module.static_graph

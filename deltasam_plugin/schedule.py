@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from deltasam_plugin.settings import Settings
+
+GREATEST_LR = "delta_sam_greatest_lr"
 
 
 def perturbs(settings: Settings, update: int) -> bool:
@@ -31,3 +35,17 @@ def radius(settings: Settings, update: int, relative_lr: float) -> float:
     if update < settings.warmup_updates:
         return settings.radius * (update + 1) / settings.warmup_updates
     return settings.radius * (min(1.0, relative_lr) if settings.rho_schedule == "lr" else 1.0)
+
+
+def relative_lr(settings: Settings, group: dict[str, Any]) -> float:
+    """A learning rate as a fraction of the greatest so far, or of a greater one that a scheduler of torch announces.
+
+    Args:
+        settings: validated settings.
+        group: of parameters; keeps the greatest rate for the next update, and in checkpoints.
+    """
+    if settings.rho_schedule != "lr":
+        return 1.0
+    known = (group.get(name, 0.0) for name in (GREATEST_LR, "initial_lr", "max_lr", "lr"))
+    group[GREATEST_LR] = greatest = max(map(float, known))
+    return float(group["lr"]) / greatest if greatest else 1.0

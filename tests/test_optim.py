@@ -722,6 +722,29 @@ def test_options_of_a_group_that_would_be_ignored_are_refused(group, options, me
         DeltaSAM([{"params": model.parameters(), **group}], torch.optim.SGD, lr=0.1, **options)
 
 
+def test_options_of_a_group_that_is_added_are_refused_too():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    optimizer = DeltaSAM(first.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(ValueError, match="Invalid rho=0"):
+        optimizer.add_param_group({"params": second.parameters(), "rho": 0.0})
+
+
+class ZeroingSGD(torch.optim.SGD):
+    """Keeps the tensors of the gradients."""
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none=False)
+
+
+def test_a_base_optimizer_that_keeps_its_gradients_and_sets_them_to_zero():
+    (model, delta), (other, plain) = ((m, DeltaSAM(m.parameters(), kind, rho=0.05, lr=0.1))
+                                      for kind in (ZeroingSGD, torch.optim.SGD) for m in [Net(0)])  # fmt: skip
+    for number in range(3):
+        delta.step(closure_of(model, number))
+        plain.step(closure_of(other, number))
+    assert flat(model.state_dict()) == flat(other.state_dict())
+
+
 def test_a_base_optimizer_with_a_rho_of_its_own_keeps_it():
     optimizer = DeltaSAM(Net().parameters(), torch.optim.Adadelta, rho=0.05)
     assert (optimizer.settings.rho, optimizer.param_groups[0]["rho"]) == (0.05, 0.9)

@@ -57,9 +57,9 @@ class BaseOptions:
         dataclass = self.dataclass_of(name)
         if dataclass is None:
             return {action.dest: action.default for action in _actions(self.components[name])}
-        defaults = {name: default for name, (_, default) in _fields(dataclass).items()}
-        elsewhere = {name for name, value in defaults.items() if value == MISSING or str(value).startswith("${")}
-        return {name: None if name in elsewhere else value for name, value in defaults.items()}
+        defaults = {option: default for option, (_, default) in _fields(dataclass).items()}
+        elsewhere = {option for option, value in defaults.items() if value == MISSING or str(value).startswith("${")}
+        return {option: None if option in elsewhere else value for option, value in defaults.items()}
 
     def defaults(self) -> dict[str, Any]:
         """All options of all components, each with the default that the components agree on, else None.

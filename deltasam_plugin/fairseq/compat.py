@@ -34,19 +34,20 @@ def showing_base_components(build: Callable[..., Any], options: Sequence[BaseOpt
     Args:
         build: takes the configuration as its first argument. A namespace is a whole command line: it is changed in
             place. Any other configuration is left alone.
-        options: as above.
+        options: of the optimizers and of the criterions.
     """
 
     @wraps(build)
     def wrapper(cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(cfg, Namespace):
-            for of_components in options:
-                registry = of_components.registry
-                if getattr(cfg, registry, None) == NAME:
-                    base = getattr(cfg, f"base_{registry}")
-                    setattr(cfg, registry, base)
-                    absent = of_components.options_of(base) if base in of_components.components else {}
-                    vars(cfg).update({k: v for k, v in absent.items() if v is not None and not hasattr(cfg, k)})
+            for registered in options:
+                if getattr(cfg, registered.registry, None) == NAME:
+                    base = getattr(cfg, f"base_{registered.registry}")
+                    setattr(cfg, registered.registry, base)
+                    defaults = registered.options_of(base) if base in registered.components else {}
+                    for name, default in defaults.items():  # as the base's own command line would have them
+                        if default is not None and not hasattr(cfg, name):
+                            setattr(cfg, name, default)
         return build(cfg, *args, **kwargs)
 
     return wrapper

@@ -67,7 +67,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     _warned: bool = False
     _announced: bool = False
     _momentum_checked: bool = False
-    _expected: int | None = None  # the number of this update, once it is known
+    _next_update: int | None = None  # its number, once it is known
     _perturbations: dict[tuple[nn.Module, ...], tuple[list[PerturbedParameter], Perturbations]]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -86,7 +86,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             logger.info(start_line(self.names, self.settings, perturbed, uncovered))
             self._announced = True
         super().step(*args, **kwargs)
-        self._expected = None if self._expected is None else self._expected + 1
+        self._next_update = None if self._next_update is None else self._next_update + 1
         if self.settings.ascent != "gradient" and not self._momentum_checked:
             with one_message():
                 states = (self._state_of(holder) for holder in self.parameters.given if holder.grad is not None)
@@ -103,13 +103,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             Unsupported: something else has seeded torch.
         """
         found = torch.initial_seed() - self.seed
-        self._expected = max(found, 0) if self._expected is None else self._expected
-        if found != self._expected:
+        self._next_update = max(found, 0) if self._next_update is None else self._next_update
+        if found != self._next_update:
             raise Unsupported(
-                f"The number of the update cannot be told, on which interval, warm-up and schedule of the radius "
-                f"depend: fairseq seeds torch with {self.seed} plus that number before each update, and the seed is "
-                f"{torch.initial_seed()}, not {self.seed + self._expected}. The task, the model or the criterion seeds "
-                "torch itself. Leave out torch.manual_seed there, or --sam-interval, --sam-warmup-updates and "
+                "Interval, warm-up and schedule of the radius need the number of the update, which cannot be told: "
+                f"fairseq seeds torch with {self.seed} plus that number before each update, and the seed is "
+                f"{torch.initial_seed()}, not {self.seed + self._next_update}. The task, the model or the criterion "
+                "seeds torch itself. Leave out torch.manual_seed there, or --sam-interval, --sam-warmup-updates and "
                 "--sam-rho-schedule."
             )
         return found

@@ -1,4 +1,4 @@
-"""What torch.compile has compiled runs as it is written: only so its calls can be seen."""
+"""Run compiled modules uncompiled: interception does not see the calls in compiled code."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Solution:
         calls: what the second pass must repeat, in order.
         sizes: how many samples each perturbation is shared by, (B,).
         checked: whether this batch was compared with autograd.
-        strange: whether something in it was new.
+        rearranged: whether samples may depend on each other in a new way.
         rounding: of the first pass.
     """
 
@@ -63,7 +63,7 @@ class Solution:
     calls: list[PlannedCall]
     sizes: Tensor
     checked: bool
-    strange: bool
+    rearranged: bool
     rounding: Rounding
 
 
@@ -199,7 +199,7 @@ class InstanceEngine:
             rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget * sizes
             scale_of = cache(self._scale_of) if self.adaptive else None
             perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
-            return Solution(perturbation, planned, sizes, looked_up, strange, rounding)
+            return Solution(perturbation, planned, sizes, looked_up, self._familiarity.rearranged, rounding)
 
     def _scale_of(self, part: ParameterSlice) -> Tensor:
         scale = filter_scale(self._parameters[part.name])
@@ -228,13 +228,17 @@ class InstanceEngine:
         """
         of_sample = torch.arange(losses.numel(), device=losses.device) // self.group
         ways = halves(len(solution.sizes), losses.device)
-        ways = ways if solution.strange else [ways[self._comparisons % len(ways)]]
+        ways = ways if solution.rearranged else [ways[self._comparisons % len(ways)]]
         allowed = allowed_change(losses, solution.rounding)
-        changed = torch.zeros_like(losses, dtype=torch.bool)
+
+        def changes(chosen: Tensor) -> Tensor:
+            return (forward_only(partial(self._partly_perturbed, solution, chosen, replay)) - losses).abs()
+
+        changed = torch.zeros_like(losses)
         for chosen in (half for way in ways for half in (way, ~way)):
-            now = forward_only(partial(self._partly_perturbed, solution, chosen, replay))
-            changed |= ~chosen[of_sample] & ((now - losses).abs() > allowed)
-        if bool(changed.any()):
+            changed = torch.where(chosen[of_sample], changed, torch.maximum(changed, changes(chosen).nan_to_num(0)))
+        # Losses that are differences of large numbers round more. How much is seen where nothing is perturbed.
+        if bool((changed > allowed).any()) and bool((changed > allowed + 4 * changes(ways[0] & ~ways[0]).max()).any()):
             raise Refused(
                 "Instance mode: the loss of a sample changes with the perturbation of another, though no "
                 "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "

@@ -20,7 +20,7 @@ from deltasam_plugin.precision import SINGLE, Rounding
 
 
 def halves(count: int, device: torch.device) -> list[Tensor]:
-    """Ways to part samples in two, (count,) bool each. Together they part every sample from every other.
+    """Masks of about half of the samples, (count,) bool each. Any two samples are told apart by one of them.
 
     Args:
         count: of the samples.
@@ -54,10 +54,9 @@ def allowed_change(losses: Tensor, rounding: Rounding) -> Tensor:
         rounding: of the forward pass.
     """
     sizes = torch.where(losses.isfinite(), losses.abs(), 0)
-    largest = sizes.amax()
     if rounding.coarse:
-        return SINGLE**0.5 * largest.expand_as(sizes)
-    return TOLERANCE[rounding.dtype] * (sizes + largest.clamp(max=1))
+        return SINGLE**0.5 * sizes.amax().expand_as(sizes)
+    return TOLERANCE[rounding.dtype] * (1 + sizes)
 
 
 def entangled(

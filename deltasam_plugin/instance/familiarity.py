@@ -58,10 +58,11 @@ class Familiarity:
 
     Attributes:
         lost: whether a batch was not compared that should have been.
+        rearranged: whether the present batch has an operation or an order that is new.
     """
 
     def __init__(self) -> None:
-        self.lost = False
+        self.lost = self.rearranged = False
         self._known: set[Hashable] = set()
         self._present: set[Hashable] = set()
         self._compared = False
@@ -78,13 +79,13 @@ class Familiarity:
         batch = losses.numel()
         operations = _operations(losses)
         orders = _orders(operations, batch)
-        self._present, self._compared = {*(operation for _, operation in operations), *_counts(calls, batch)}, False
+        kinds, counts = {operation for _, operation in operations}, _counts(calls, batch) | _uses(calls)
         if losses.is_cuda:
             self._orders, orders = orders, list
         found = orders() + _pieces(operations)
-        strange = not self._present <= self._known or not self._allow(found)
-        self._present.update(found)
-        return strange
+        self.rearranged = not kinds <= self._known or not self._allow(found)
+        self._present, self._compared = {*kinds, *counts, *found}, False
+        return self.rearranged or not counts <= self._known
 
     def learn(self) -> None:
         """The present batch was compared."""
@@ -114,14 +115,14 @@ def _operations(losses: Tensor) -> list[tuple[Any, Operation]]:
     """The nodes of the graph, from the losses on. Each is asked for its name once: this runs in every batch."""
     names: dict[Any, str] = {None: ""}
     waiting: list[Any] = [losses.grad_fn] if losses.requires_grad else []
-    names.update((node, _name(node)) for node in waiting)
+    names.update((node, _kind(node)) for node in waiting)
     found = []
     while waiting:
         node = waiting.pop()
         inputs = []
         for before, _ in node.next_functions:
             if before not in names:
-                names[before] = _name(before)
+                names[before] = _kind(before)
                 waiting.append(before)
             inputs.append(names[before])
         # Of many tensors that are joined the kinds count, not how they are mixed: else every batch could be new.
@@ -129,17 +130,14 @@ def _operations(losses: Tensor) -> list[tuple[Any, Operation]]:
     return found
 
 
-def _name(node: Any) -> str:
-    """Of an operation, and whether it normalizes by the batch: frozen and in training it has the same name."""
+def _kind(node: Any) -> str:
+    """The name of an operation; for batch normalization also whether it trains, which the name does not tell."""
     name: str = node.name()
-    return f"{name} in training" if "BatchNorm" in name and node._saved_training else name
+    return f"{name} in training" if "BatchNorm" in name and getattr(node, "_saved_training", False) else name
 
 
 def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
-    """Rows of each sample in calls without a dimension for the samples, unless other calls have a dimension so long.
-
-    And how many calls each layer has.
-    """
+    """Rows of each sample in calls without a dimension for the samples, unless other calls have a dimension so long."""
     lengths: set[int] = set()
     for lead in {call.leading_shape for call in calls if batch in call.leading_shape}:
         place = lead.index(batch)
@@ -150,7 +148,12 @@ def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
         if len(lead) == 1 or batch not in lead:
             counts = [size // batch for size in lead if size % batch == 0]
             found.add((call.key[:3], *("length" if count in lengths and count > 1 else count for count in counts)))
-    return found | {("uses", *item) for item in Counter(call.key[:3] for call in calls).items()}
+    return found
+
+
+def _uses(calls: Sequence[RecordedCall]) -> set[Hashable]:
+    """How many calls each layer has."""
+    return set(Counter(call.key[:3] for call in calls).items())
 
 
 def _orders(operations: Sequence[tuple[Any, Operation]], batch: int) -> Callable[[], list[Order]]:

@@ -83,9 +83,9 @@ def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha:
 
 
 # These take no values from their further arguments, only a type or a shape.
-_LIKE = _CASTS | {Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
-# Their results have no gradient, and are values all the same.
-_COMPARISONS = {"gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "argsort"}
+_TYPE_OR_SHAPE_ONLY = _CASTS | {Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
+# Their results have no gradient, and depend on the values all the same.
+_VALUES_WITHOUT_GRADIENT = {"gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "argsort"}
 
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
@@ -93,6 +93,20 @@ _SUMS = {torch.add, Tensor.add, Tensor.add_}
 _DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
 Visitor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Expandable(NamedTuple):
+    """A result that all samples share.
+
+    Attributes:
+        result: of a call, such as embedded positions (1, T, C).
+        expanded: runs the call for a result of the given shape, to which its own can be expanded.
+        on_other_use: called when anything but a sum takes values from the result.
+    """
+
+    result: Tensor
+    expanded: Callable[[tuple[int, ...]], Tensor]
+    on_other_use: Callable[[], None]
 
 
 class Interception(TorchFunctionMode):
@@ -114,7 +128,7 @@ class Interception(TorchFunctionMode):
         self.foreign: dict[str, str] = {}
         self.frozen_uses: set[str] = set()
         self._detached: dict[int, tuple[Tensor, str]] = {}
-        self._expandable: dict[int, tuple[Tensor, Callable[[tuple[int, ...]], Tensor], Callable[[], None]]] = {}
+        self._expandable: dict[int, Expandable] = {}
         self._visited = frozenset(visited)
         self._visit = visit
         # The tensor is kept beside its slices: an id is only good as long as its object lives.
@@ -143,7 +157,7 @@ class Interception(TorchFunctionMode):
             result = self._visit(func, args, kwargs)
             if result is not NotImplemented:
                 self._note_detached(args, kwargs)
-                self._note_expandable(args, kwargs, result)
+                self._report_other_use(args, kwargs, result)
                 self._report(func, [slices for _, slices in self._found(args, kwargs) if len(slices) > 1])
                 return result
         found = self._found(args, kwargs)
@@ -152,36 +166,29 @@ class Interception(TorchFunctionMode):
         written = [slices for (tensor, slices), version in zip(found, versions) if tensor._version != version]
         self._report(func, written, "written to by")
         if func not in _SUMS:
-            self._note_expandable(args, kwargs, result)
+            self._report_other_use(args, kwargs, result)
         self._follow(func, args, kwargs, result, [slices for _, slices in found])
         return result
 
-    def expand_in_sums(
-        self, result: Tensor, expanded: Callable[[tuple[int, ...]], Tensor], otherwise: Callable[[], None]
-    ) -> None:
-        """Replace a result in sums where all samples share it: as if each had rows of its own.
+    def expand_in_sums(self, shared: Expandable) -> None:
+        """Replace a result in sums where all samples share it: as if each had rows of its own."""
+        self._expandable[id(shared.result)] = shared
 
-        Args:
-            result: of a call, such as embedded positions (1, T, C).
-            expanded: runs the call for a result of the given shape, to which its own can be expanded.
-            otherwise: called when anything but a sum takes values from the result.
-        """
-        self._expandable[id(result)] = (result, expanded, otherwise)
-
-    def _note_expandable(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self._expandable or not isinstance(output, Tensor | list | tuple):
+    def _report_other_use(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        outputs = output if isinstance(output, list | tuple) else (output,)
+        if not self._expandable or not any(isinstance(value, Tensor) for value in outputs):
             return
-        for argument in (*args, *kwargs.values()):
-            if id(argument) in self._expandable and output is not argument:  # x.to(device) may be x
-                self._expandable[id(argument)][2]()
+        for shared in (self._expandable.get(id(argument)) for argument in (*args, *kwargs.values())):
+            if shared is not None and shared.result is not output:  # x.to(device) may be x
+                shared.on_other_use()
 
     def _expanded(self, argument: Any, args: tuple[Any, ...]) -> Any:
-        result, expanded, _ = self._expandable.get(id(argument), (None, None, None))
+        shared = self._expandable.get(id(argument))
         others = [other for other in args if isinstance(other, Tensor) and other is not argument]
-        if result is None or expanded is None or not others:
+        if shared is None or not others:
             return argument
-        shape = tuple(torch.broadcast_shapes(result.shape, others[0].shape))
-        return argument if shape == tuple(result.shape) else expanded(shape)
+        shape = tuple(torch.broadcast_shapes(shared.result.shape, others[0].shape))
+        return argument if shape == tuple(shared.result.shape) else shared.expanded(shape)
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, tuple[ParameterSlice, ...]]]:
         known, found = self._known, []
@@ -206,11 +213,11 @@ class Interception(TorchFunctionMode):
     ) -> None:
         if not found and not self._detached:  # most calls by far
             return
-        if func in _LIKE and id(args[0]) not in self._known and id(args[0]) not in self._detached:
+        if func in _TYPE_OR_SHAPE_ONLY and id(args[0]) not in self._known and id(args[0]) not in self._detached:
             return
         results = result if isinstance(result, list | tuple) else (result,)
         outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
-        compares = bool(outputs) and _name(func).strip("_") in _COMPARISONS
+        compares = bool(outputs) and _name(func).strip("_") in _VALUES_WITHOUT_GRADIENT
         computes = compares or any(output.is_floating_point() for output in outputs)
         if computes:
             self._note_detached(args, kwargs)

@@ -17,7 +17,7 @@ from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.compilation import uncompiled
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY
-from deltasam_plugin.instance.interception import Interception, ParameterSlice
+from deltasam_plugin.instance.interception import Expandable, Interception, ParameterSlice
 from deltasam_plugin.instance.layers import LAYERS
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
 from deltasam_plugin.instance.memo import Memo
@@ -61,11 +61,11 @@ def intercept_layers(
                 with torch.enable_grad():
                     return run(layer, replace(arguments, x=x, leading_shape=tuple(x.shape)), use)
 
-            def otherwise() -> None:
+            def on_other_use() -> None:
                 also_used.add(key)
                 superseded.discard(key)
 
-            interception.expand_in_sums(result, expanded, otherwise)
+            interception.expand_in_sums(Expandable(result, expanded, on_other_use))
         return result
 
     def run(layer: Layer, arguments: CallArguments, use: Use) -> Tensor:
@@ -140,7 +140,10 @@ class Tape:
     def _record(self, layer: Layer, arguments: CallArguments, key: CallKey, x: Tensor) -> Tensor:
         y = layer.run(arguments, x)
         if not y.requires_grad:
-            raise Refused(f"Instance mode within torch.func (vmap, grad), where {key} cannot be recorded: {REMEDY}.")
+            raise Refused(
+                f"Instance mode cannot record {key} where no gradient is recorded: within torch.func (vmap, grad), or "
+                f"with a weight that was cast under no_grad. Leave this out, or {REMEDY}."
+            )
         shape = torch.Size(()) if arguments.weight is None else arguments.weight.shape
         detached = self._once(Tensor.detach, x)
         call = RecordedCall(

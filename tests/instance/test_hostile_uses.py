@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.engine import ALWAYS_CHECKED
-from tests.helpers.tagger import WIDTH, Tagger, check, run
+from deltasam_plugin.instance.layers import linear
+from tests.helpers.tagger import WIDTH, WORDS, Tagger, check, run
 
 LATER = ALWAYS_CHECKED + 3  # number of a batch that nothing checks but what is new in it
 ONE_SHAPE = [(4, 3)] * (LATER + 2)
@@ -218,3 +220,82 @@ def test_losses_stacked_in_changing_numbers_stay_familiar() -> None:
         steps.append(0)
         optimizer.step(losses)
     assert steps[ALWAYS_CHECKED : 2 * ALWAYS_CHECKED - 1] == [2] * (ALWAYS_CHECKED - 1)
+
+
+LOOKS: dict[str, Callable[[Tensor], object]] = {
+    "shape": lambda shared: shared.shape[0] == 1,
+    "size": lambda shared: shared.size(),
+    "strides": lambda shared: shared.stride(),
+    "broadcast": lambda shared: torch.broadcast_shapes(shared.shape, (4, 1, 1)),
+    "device": lambda shared: shared.to(shared.device),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_looking_at_a_shared_row_is_no_use_of_it(look: str) -> None:
+    model = Tagger()
+    model.shared = nn.Embedding(5, WIDTH)
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        shared = model.shared(torch.arange(tokens.shape[1]).unsqueeze(0))
+        LOOKS[look](shared)
+        return model.classified(torch.tanh(model.hidden(model.words(tokens) + shared)).sum(1), tokens)
+
+    check(run(model, losses), "exact")
+
+
+class FrozenBatchNorm(torch.autograd.Function):
+    """An operation whose name is that of batch normalization, and which does not say whether it trains."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def test_a_function_that_is_named_like_batch_normalization() -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return model.classified(FrozenBatchNorm.apply(model.layers(model.words(tokens))).sum(1), tokens)
+
+    check(run(model, losses), "exact")
+
+
+def test_new_numbers_of_uses_take_one_more_comparison_and_not_all() -> None:
+    """A layer that is run step by step, on sequences of a length that no batch before had."""
+    model = Tagger().double()
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.3, perturbation="instance", lr=0.1)
+    forwards: list[int] = []
+
+    def losses() -> Tensor:
+        forwards[-1] += 1
+        x = model.words(torch.arange(8) % WORDS)
+        for _ in range(len(forwards)):
+            x = torch.tanh(model.hidden(x))
+        return model.out(x).logsumexp(1)
+
+    for _ in range(ALWAYS_CHECKED + 4):
+        forwards.append(0)
+        optimizer.step(losses)
+    assert forwards[ALWAYS_CHECKED:] == [4] * 4
+
+
+def test_losses_that_are_differences_of_large_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They round more than others of their size, where batched products add in another order than plain ones."""
+    products = linear._products
+
+    def in_another_order(rows: Tensor, *others: Any) -> Tensor:
+        doubled = [value.double() if isinstance(value, Tensor) else value for value in (rows, *others)]
+        return products(*doubled).to(rows.dtype)
+
+    monkeypatch.setattr(linear, "_products", in_another_order)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    x = torch.randn(8, 100, 64)
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.01, perturbation="instance", lr=0.1)
+    for _ in range(3):
+        optimizer.step(lambda: (1000 * model(x)).sum((1, 2)) - (999 * model(x)).sum((1, 2)))

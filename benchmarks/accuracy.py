@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy                     # goes on where it was; Ctrl-C stops it, and nothing is lost
     python -m benchmarks.accuracy --list              # what is done and what is left
-    python -m benchmarks.accuracy --report            # the tables of benchmarks/README.md, from the rows that are there
+    python -m benchmarks.accuracy --report            # the tables of both READMEs, from the rows that are there
 
 A slice is one training run of fairseq-train: a task (see tasks.py), a share of flipped labels, a method, a value of the
 method's own parameter, and a seed. Its result is one row of accuracy.csv, written when the run is complete. First every
@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.study import Method, Row, append, best_value, tables
+from benchmarks.study import Method, Row, append, best_value, summary, tables
 from benchmarks.study_figure import draw
 from benchmarks.tasks import BEST, LAST, TASKS
 from examples.common.experiment import delta_sam
@@ -177,7 +177,7 @@ def main() -> None:
         logging.disable(logging.WARNING)
         keep(run(Slice(*arguments.slice)))
     elif arguments.report:
-        print(tables(rows()))
+        print(f"{summary(rows())}\n\n{tables(rows())}")
     elif arguments.list:
         done = rows()
         known = slices(done)

@@ -20,14 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.accuracy import BASE, INSTANCE, SAM, TUNING_SEED
+from benchmarks.accuracy import BASE, TUNING_SEED
 from benchmarks.study import append
 from benchmarks.tasks import LAST, TASKS, Task
-from examples.common.experiment import ENVIRONMENT, table
+from examples.common.experiment import ENVIRONMENT, delta_sam, table
 
 RESULTS = Path(__file__).with_name("radii.csv")
 GRIDS = {"batch": (0.02, 0.05, 0.15, 0.5), "instance": (0.005, 0.015, 0.05, 0.15)}  # of equal ratios, about 3
-OPTIONS = {"batch": SAM, "instance": INSTANCE}
+DELTA_SAM = delta_sam("{criterion}")  # without warm-up
+OPTIONS = {"batch": f"{DELTA_SAM} --sam-weighting uniform", "instance": f"{DELTA_SAM} --sam-perturbation instance"}
 
 
 class Radius(NamedTuple):

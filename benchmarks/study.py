@@ -111,14 +111,36 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(f"{case_title(*case)}:\n\n{_table(own)}" for case, own in cases(rows).items())
 
 
+def summary(rows: Sequence[Row]) -> str:
+    """Adam's test score after the last epoch, and by how much each method differs from it, for every task and noise."""
+    found = cases(rows)
+    adam = {case: [row.test_last for row in own if row.method == "adam"] for case, own in found.items()}
+    gained = {case: gains(own, "adam") for case, own in found.items()}
+    values = {(row.task, row.noise, row.method): row.value for own in found.values() for row in own}
+    lines = [("training", *(case_title(*case) for case in found))]
+    lines.append(("adam", *(_shown(interval(own)) if len(own) > 1 else "" for own in adam.values())))
+    for method in dict.fromkeys(row.method for own in found.values() for row in own if row.method != "adam"):
+        cells = [method]
+        for case, own in gained.items():
+            value = values.get((*case, method))
+            chosen = "" if value is None else f"{value:g}: "
+            cells.append(f"{chosen}{_shown_gain(own[method])}" if method in own else "")
+        lines.append(tuple(cells))
+    return table(lines)
+
+
 def cases(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
-    """The runs that were not for tuning, by task and noise, of methods that have two of them at least."""
+    """The runs that were not for tuning, by task and noise, of methods that have two of them at least.
+
+    Tasks with noise come first.
+    """
     counts = Counter((row.task, row.noise, row.method) for row in rows if row.phase == "final")
     found: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         if row.phase == "final" and counts[row.task, row.noise, row.method] > 1:
             found.setdefault((row.task, row.noise), []).append(row)
-    return found
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    return {case: found[case] for case in sorted(found, key=lambda case: (-case[1], tasks.index(case[0])))}
 
 
 def case_title(task: str, noise: float) -> str:
@@ -130,10 +152,7 @@ def _table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.method for row in rows))
     lines = [("training", "its parameter", "seeds", "test, last epoch", "test, best epoch", "test loss",
               "− adam", "− sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
-    paired = {
-        other: {name: found for name in names if (found := _paired(rows, name, other))} for other in ("adam", "sam")
-    }
-    p_values = {other: dict(zip(found, holm([p for _, _, p in found.values()]))) for other, found in paired.items()}
+    gained = [gains(rows, reference) for reference in ("adam", "sam")]
     adam = [row.cpu_seconds for row in rows if row.method == "adam"]
     for name in names:
         own = [row for row in rows if row.method == name]
@@ -141,13 +160,19 @@ def _table(rows: Sequence[Row]) -> str:
         cells = [name, "" if own[0].value is None else f"{own[0].value:g}", str(len(own))]
         cells += [_shown(interval([row.test_last for row in own])), _shown(interval([row.test_best for row in own]))]
         cells += [_shown(interval([row.test_loss_last for row in own]), 3)]
-        for other, found in paired.items():
-            shown = f"{_shown(found[name][:2], sign='+')} ({_shown_p(p_values[other][name])})" if name in found else ""
-            cells.append(shown)
+        cells += [_shown_gain(found[name]) if name in found else "" for found in gained]
         cells.append(f"{mean(sharpness):.2f}" if sharpness else "")
         cells.append(f"{mean(row.cpu_seconds for row in own) / mean(adam):.2f}" if adam else "")
         lines.append(tuple(cells))
     return table(lines)
+
+
+def gains(rows: Sequence[Row], reference: str) -> dict[str, tuple[float, float, float]]:
+    """Of each method: mean difference to the reference, half its interval, p-value corrected for their number."""
+    names = dict.fromkeys(row.method for row in rows)
+    paired = {name: found for name in names if (found := _paired(rows, name, reference))}
+    corrected = holm([p_value for _, _, p_value in paired.values()])
+    return {name: (centre, half, p) for (name, (centre, half, _)), p in zip(paired.items(), corrected)}
 
 
 def _paired(rows: Sequence[Row], name: str, other: str) -> tuple[float, float, float] | tuple[()]:
@@ -165,5 +190,6 @@ def _shown(found: tuple[float, ...], digits: int = 1, sign: str = "") -> str:
     return f"{found[0]:{sign}.{digits}f} ± {found[1]:.{digits}f}"
 
 
-def _shown_p(p_value: float) -> str:
-    return "p < 0.001" if p_value < 0.001 else f"p {p_value:.3f}"
+def _shown_gain(found: tuple[float, float, float]) -> str:
+    *difference, p_value = found
+    return f"{_shown(tuple(difference), sign='+')} ({'p < 0.001' if p_value < 0.001 else f'p {p_value:.3f}'})"

@@ -44,6 +44,8 @@ def evaluate_all(experiment: Experiment, rho: float) -> dict[str, Result]:
     ignore_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # leaving the pool ends its processes
     with context.Pool(min(len(runs), os.cpu_count() or 1), initializer=ignore_interrupt) as pool:
         results = pool.map(partial(evaluate, experiment, rho=rho), runs, chunksize=1)
+        pool.close()  # its processes end by themselves, and leave nothing behind
+        pool.join()
     return dict(zip(runs, results))
 
 

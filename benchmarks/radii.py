@@ -20,15 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.accuracy import BASE, TUNING_SEED
+from benchmarks.accuracy import BASE, INSTANCE, SAM, TUNING_SEED
 from benchmarks.study import append
 from benchmarks.tasks import LAST, TASKS, Task
-from examples.common.experiment import ENVIRONMENT, delta_sam, table
+from examples.common.experiment import ENVIRONMENT, table
 
 RESULTS = Path(__file__).with_name("radii.csv")
 GRIDS = {"batch": (0.02, 0.05, 0.15, 0.5), "instance": (0.005, 0.015, 0.05, 0.15)}  # of equal ratios, about 3
-DELTA_SAM = delta_sam("{criterion}")  # without warm-up
-OPTIONS = {"batch": f"{DELTA_SAM} --sam-weighting uniform", "instance": f"{DELTA_SAM} --sam-perturbation instance"}
+OPTIONS = {"batch": SAM, "instance": INSTANCE}
 
 
 class Radius(NamedTuple):
@@ -42,7 +41,7 @@ class Radius(NamedTuple):
         """The options of fairseq-train."""
         task = TASKS[self.task]
         options = f"{OPTIONS[self.mode]} --sam-rho {self.rho}" if self.rho else BASE
-        return task.command(0.0, options.format(criterion=task.criterion), TUNING_SEED)
+        return task.command(0.0, options.format(criterion=task.criterion, warmup=0), TUNING_SEED)
 
 
 def radii() -> Iterator[Radius]:

@@ -189,12 +189,6 @@ def sharpness_aware(base: type[FairseqOptimizer]) -> type[SharpnessAwareOptimize
     return type(base.__name__, (SharpnessAwareOptimizer, base), {"__module__": __name__, "__doc__": base.__doc__})
 
 
-def greatest_rates(root: DictConfig) -> list[float]:
-    """The greatest learning rates that the scheduler announces beside ``--lr`` (triangular)."""
-    greatest = option(root, "lr_scheduler", "max_lr")
-    return [] if greatest is None else [float(greatest)]
-
-
 @register_optimizer(NAME, dataclass=DeltaSAMOptimizerConfig)
 class FairseqDeltaSAM(FairseqOptimizer):
     """The entry in fairseq's registry. :meth:`build_optimizer` returns the base optimizer with settings."""
@@ -222,7 +216,8 @@ class FairseqDeltaSAM(FairseqOptimizer):
         optimizer: Any = sharpness_aware(base)(base_cfg, params)
         optimizer.settings = settings
         optimizer.seed = option(root, "common", "seed") or 0
-        optimizer.peak_lr = max([*(option(root, "optimization", "lr") or [1.0]), *greatest_rates(root)])
+        rates = option(root, "optimization", "lr") or [1.0]
+        optimizer.peak_lr = max(*rates, option(root, "lr_scheduler", "max_lr") or 0.0)  # triangular rises to --max-lr
         task, criterion = option(root, "task", "_name"), option(root, "criterion", "base_criterion")
         optimizer.names = TrainedBy(task, criterion, name)
         optimizer.backward_passes = BackwardPasses(optimizer.names)

@@ -231,24 +231,25 @@ class InstanceEngine:
         ways = ways if solution.rearranged else [ways[self._comparisons % len(ways)]]
         allowed = allowed_change(losses, solution.rounding)
 
+        def perturbed(chosen: Tensor) -> Tensor:
+            with self.perturbed(replace(solution, perturbation=solution.perturbation.of_samples(chosen))):
+                return replay()
+
         def changes(chosen: Tensor) -> Tensor:
-            return (forward_only(partial(self._partly_perturbed, solution, chosen, replay)) - losses).abs()
+            return (forward_only(partial(perturbed, chosen)) - losses).abs().nan_to_num(0)
 
         changed = torch.zeros_like(losses)
         for chosen in (half for way in ways for half in (way, ~way)):
-            changed = torch.where(chosen[of_sample], changed, torch.maximum(changed, changes(chosen).nan_to_num(0)))
+            changed = torch.where(chosen[of_sample], changed, torch.maximum(changed, changes(chosen)))
         # Losses that are differences of large numbers round more. How much is seen where nothing is perturbed.
-        if bool((changed > allowed).any()) and bool((changed > allowed + 4 * changes(ways[0] & ~ways[0]).max()).any()):
+        if bool((changed > allowed).any()):
+            allowed = allowed + 4 * changes(torch.zeros_like(ways[0])).max()
+        if bool((changed > allowed).any()):
             raise Refused(
                 "Instance mode: the loss of a sample changes with the perturbation of another, though no "
                 "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "
                 f"not even behind detach(). Otherwise {REMEDY}."
             )
-
-    def _partly_perturbed(self, solution: Solution, chosen: Tensor, replay: Callable[[], Tensor]) -> Tensor:
-        part = replace(solution, perturbation=solution.perturbation.of_samples(chosen))
-        with self.perturbed(part):
-            return replay()
 
     @contextmanager
     def perturbed(self, solution: Solution) -> Iterator[None]:

@@ -79,7 +79,7 @@ class NormalizingCriterion(LabelSmoothedCrossEntropyCriterion):
 
 
 @per_sample_losses(CRITERION)
-def normalizing_losses(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
+def smoothed_losses(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
     """As for label-smoothed cross-entropy."""
     losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return losses.view(sample["target"].size(0), -1).sum(dim=1)

@@ -10,9 +10,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 )
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
-from torch import Tensor
 
 from deltasam_plugin import per_sample_losses
+from tests.helpers.homemade import smoothed_losses
 
 NESTED = "nested_label_smoothed_cross_entropy"
 
@@ -51,8 +51,4 @@ class NestedCriterion(LabelSmoothedCrossEntropyCriterion):
         metrics.log_scalar("sam_score", logging_outputs[0]["sam_score"])
 
 
-@per_sample_losses(NESTED)
-def nested_losses(criterion: Any, model: Any, sample: Any, net_output: Any) -> Tensor:
-    """As for label-smoothed cross-entropy."""
-    losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
-    return losses.view(sample["target"].size(0), -1).sum(dim=1)
+per_sample_losses(NESTED)(smoothed_losses)

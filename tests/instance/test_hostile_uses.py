@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -298,4 +299,18 @@ def test_losses_that_are_differences_of_large_numbers(monkeypatch: pytest.Monkey
     x = torch.randn(8, 100, 64)
     optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.01, perturbation="instance", lr=0.1)
     for _ in range(3):
-        optimizer.step(lambda: (1000 * model(x)).sum((1, 2)) - (999 * model(x)).sum((1, 2)))
+        optimizer.step(lambda: (1000 * model(x)).sum((1, 2)) - (990 * model(x)).sum((1, 2)))
+
+
+def test_mixing_in_a_batch_with_a_loss_that_is_not_a_number() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(4, 4), torch.randn(4, 4)
+    factors = torch.tensor([1.0, 1.0, 1.0, math.nan])
+
+    def losses() -> Tensor:
+        h = torch.tanh(model(x))
+        return factors * (h - h.detach().mean(0)).square().sum(1)
+
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.5, perturbation="instance", lr=0.1)
+    with pytest.raises(Refused, match="changes with the perturbation of another"):
+        optimizer.step(losses)

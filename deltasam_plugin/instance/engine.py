@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.compilation import uncompiled
 from deltasam_plugin.instance.coverage import REMEDY, Coverage
-from deltasam_plugin.instance.entanglement import allowed_change, entangled, halves, marked
+from deltasam_plugin.instance.entanglement import allowed_change, entangled, half_in_turn, halves
 from deltasam_plugin.instance.familiarity import Familiarity
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
 from deltasam_plugin.instance.interception import ParameterSlice
@@ -31,6 +30,7 @@ from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, 
 from deltasam_plugin.instance.layout import Listed, merged
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
+from deltasam_plugin.instance.passes import CHECKPOINTED, Passes, output_gradients
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, detached_uses, intercept_layers
 from deltasam_plugin.loss import check_losses
@@ -39,11 +39,6 @@ from deltasam_plugin.replay import forward_only
 
 ALWAYS_CHECKED = 16  # batches; later the powers of two
 CHECK_INTERVAL = 1000  # and the multiples of this
-
-CHECKPOINTED = (
-    "Instance mode with activation checkpointing, which runs layers again in backward, where they are not recorded. "
-    f"Leave it out, or {REMEDY}."
-)
 
 
 @dataclass(frozen=True)
@@ -54,17 +49,17 @@ class Solution:
         perturbation: of every sample.
         calls: what the second pass must repeat, in order.
         sizes: how many samples each perturbation is shared by, (B,).
-        checked: whether this batch was compared with autograd.
+        dtypes: that the first pass computed in.
+        compared: whether samples were told apart by further passes in this batch.
         rearranged: whether samples may depend on each other in a new way.
-        rounding: of the first pass.
     """
 
     perturbation: PerSamplePerturbation
     calls: list[PlannedCall]
     sizes: Tensor
-    checked: bool
+    dtypes: set[torch.dtype]
+    compared: bool
     rearranged: bool
-    rounding: Rounding
 
 
 class InstanceEngine:
@@ -157,41 +152,20 @@ class InstanceEngine:
         with torch.autocast(losses.device.type, enabled=False):
             seed = torch.as_tensor(scale, dtype=losses.dtype, device=losses.device).detach().expand_as(losses)
             self._coverage.exclude(tape.misused())
-            calls, rows, scaled = list(tape.calls), [Listed(owners, losses.numel()) for owners in tape.rows], []
+            calls, rows = list(tape.calls), [Listed(owners, losses.numel()) for owners in tape.rows]
             tape.calls.clear()
-            batch, check = losses.numel(), self._is_to_be_checked()
-            rounding = Rounding.of([call.dtype for call in calls] or [losses.dtype], self.parameters)
-            strange = batch > 1 and self._familiarity.strange(calls, losses)
-            untrusted = check or strange or self._entangled or self._familiarity.lost
-            looked_up = batch > 1 and (untrusted or self._ownership.leaves_open(calls, losses, rows))
-            if looked_up:
-                self._comparisons += 1
-                for factor in self._ownership.factors(calls, losses):
-                    scaled.append(_gradients(losses, calls, seed * factor, retain_graph=True))
-                self._familiarity.learn()
-            nan: list[Tensor | None] = []
-            if looked_up and (check or strange) and not self._entangled and not torch.is_anomaly_enabled():
-                marks = marked(batch, self._comparisons, losses.device)
-                nan = _gradients(losses, calls, torch.where(marks, torch.nan, 0 * seed), retain_graph=True)
-            verified = self._coverage.names() if check or strange else self._coverage.unverified()
-            wanted = [self._parameters[name] for name in verified]
-            found = _gradients(losses, calls, seed, wanted)
-            true = {name: g for name, g in zip(verified, found[len(calls) :]) if g is not None}
-            gradients = found[: len(calls)]
-            groupings, reasons = self._ownership.groupings(calls, gradients, scaled, batch, rows)
-            self._coverage.exclude({**detached_uses(calls, gradients, tape.superseded), **reasons})
-            if nan:
-                self._entangled = entangled(calls, groupings, gradients, nan, marks, self._coverage)
+            passes = self._passes(losses, calls, rows, seed)
+            groupings, reasons = self._ownership.groupings(calls, passes.gradients, passes.scaled, losses.numel(), rows)
+            self._coverage.exclude({**detached_uses(calls, passes.gradients, tape.superseded), **reasons})
+            if passes.nan:
+                self._entangled = entangled(calls, groupings, passes, self._coverage)
             groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
             planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
-            if true:
-                shapes = {call.weight.upright: call.weight_shape for call in planned if call.weight is not None}
-                eps = max((torch.finfo(g.dtype).eps for g in gradients if g is not None), default=0.0)
-                totals = _accumulated(list(zip(calls, planned, gradients))).totals(shapes)
-                if self._coverage.exclude(self._coverage.verify(true, totals, eps)):
-                    planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
-            work = list(zip(calls, planned, gradients))
-            del found, calls, gradients, scaled, nan, true
+            if passes.of_parameters and self._coverage.exclude(self._differences(calls, planned, passes)):
+                planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
+            dtypes, compared = {call.dtype for call in calls} or {losses.dtype}, bool(passes.scaled)
+            work = list(zip(calls, planned, passes.gradients))
+            del calls, passes
             per_sample = _accumulated(work)
             self._coverage.warn()
             sizes = torch.ones_like(losses).split(self.group)
@@ -199,7 +173,34 @@ class InstanceEngine:
             rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget * sizes
             scale_of = cache(self._scale_of) if self.adaptive else None
             perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
-            return Solution(perturbation, planned, sizes, looked_up, self._familiarity.rearranged, rounding)
+            return Solution(perturbation, planned, sizes, dtypes, compared, self._familiarity.rearranged)
+
+    def _passes(self, losses: Tensor, calls: list[RecordedCall], rows: list[Listed], seed: Tensor) -> Passes:
+        """One backward pass; in a batch that is to be compared, others before it."""
+        batch, check = losses.numel(), self._is_to_be_checked()
+        new = self._familiarity.strange(calls, losses) if batch > 1 else False
+        untrusted = check or new or self._entangled or self._familiarity.lost
+        gradients = partial(output_gradients, losses, calls)
+        scaled, nan, marks = [], [], torch.zeros_like(losses, dtype=torch.bool)
+        if batch > 1 and (untrusted or self._ownership.leaves_open(calls, losses, rows)):
+            self._comparisons += 1
+            factors = self._ownership.factors(calls, losses)
+            scaled = [gradients(seed * factor, retain_graph=True) for factor in factors]
+            self._familiarity.learn()
+            if (check or new) and not self._entangled and not torch.is_anomaly_enabled():
+                marks = half_in_turn(batch, self._comparisons, losses.device)
+                nan = gradients(torch.where(marks, torch.nan, 0 * seed), retain_graph=True)
+        names = self._coverage.names() if check or new else self._coverage.unverified()
+        found = gradients(seed, [self._parameters[name] for name in names])
+        of_parameters = {name: g for name, g in zip(names, found[len(calls) :]) if g is not None}
+        return Passes(found[: len(calls)], scaled, nan, marks, of_parameters)
+
+    def _differences(self, calls: list[RecordedCall], planned: list[PlannedCall], passes: Passes) -> dict[str, str]:
+        """Parameters whose per-sample gradients do not add up to autograd's, with the reason."""
+        shapes = {call.weight.upright: call.weight_shape for call in planned if call.weight is not None}
+        eps = max((torch.finfo(g.dtype).eps for g in passes.gradients if g is not None), default=0.0)
+        totals = _accumulated(list(zip(calls, planned, passes.gradients))).totals(shapes)
+        return self._coverage.verify(passes.of_parameters, totals, eps)
 
     def _scale_of(self, part: ParameterSlice) -> Tensor:
         scale = filter_scale(self._parameters[part.name])
@@ -227,9 +228,11 @@ class InstanceEngine:
             Refused: they do not.
         """
         of_sample = torch.arange(losses.numel(), device=losses.device) // self.group
-        ways = halves(len(solution.sizes), losses.device)
-        ways = ways if solution.rearranged else [ways[self._comparisons % len(ways)]]
-        allowed = allowed_change(losses, solution.rounding)
+        count = len(solution.sizes)
+        ways = halves(count, losses.device)
+        if not solution.rearranged:
+            ways = [half_in_turn(count, self._comparisons, losses.device)]
+        allowed = allowed_change(losses, Rounding.of(solution.dtypes, self.parameters))
 
         def perturbed(chosen: Tensor) -> Tensor:
             with self.perturbed(replace(solution, perturbation=solution.perturbation.of_samples(chosen))):
@@ -279,25 +282,6 @@ class InstanceEngine:
             raise Refused(CHECKPOINTED) from error
         finally:
             perturbation.release()
-
-
-def _gradients(
-    losses: Tensor,
-    calls: Sequence[RecordedCall],
-    seed: Tensor,
-    wanted: Sequence[Tensor] = (),
-    retain_graph: bool = False,
-) -> list[Tensor | None]:
-    """Output gradients of the calls, and gradients of `wanted`; None where no loss depends on them."""
-    inputs: list[Any] = [*(call.output for call in calls), *wanted]
-    if not inputs or not losses.requires_grad:
-        return [None] * len(inputs)
-    try:
-        return list(torch.autograd.grad(losses, inputs, seed, retain_graph=retain_graph, allow_unused=True))
-    except RuntimeError as error:
-        if isinstance(error, CheckpointError) or "use_reentrant" in str(error):
-            raise Refused(CHECKPOINTED) from error
-        raise
 
 
 def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) -> PerSampleGradients:

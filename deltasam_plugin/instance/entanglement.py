@@ -15,6 +15,7 @@ from torch import Tensor
 from deltasam_plugin.checks import TOLERANCE
 from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.layout import Grouping
+from deltasam_plugin.instance.passes import Passes
 from deltasam_plugin.instance.recording import RecordedCall
 from deltasam_plugin.precision import SINGLE, Rounding
 
@@ -30,17 +31,17 @@ def halves(count: int, device: torch.device) -> list[Tensor]:
     return [(index >> digit) % 2 == 0 for digit in range(max(1, (count - 1).bit_length()))]
 
 
-def marked(batch: int, number: int, device: torch.device) -> Tensor:
-    """Which samples have NaN, (B,) bool: about half, so that a few batches tell every sample from every other.
+def half_in_turn(count: int, number: int, device: torch.device) -> Tensor:
+    """One of the halves, or of their complements: a few comparisons tell every sample from every other.
 
     Args:
-        batch: B.
+        count: of the samples.
         number: of the comparison, in a run.
-        device: of the losses.
+        device: of the result.
     """
-    ways = halves(batch, device)
-    half = ways[number // 2 % len(ways)]
-    return ~half if number % 2 else half
+    ways = halves(count, device)
+    half = ways[number % len(ways)]
+    return ~half if number // len(ways) % 2 else half
 
 
 def allowed_change(losses: Tensor, rounding: Rounding) -> Tensor:
@@ -62,9 +63,7 @@ def allowed_change(losses: Tensor, rounding: Rounding) -> Tensor:
 def entangled(
     calls: Sequence[RecordedCall],
     groupings: Sequence[Grouping | None],
-    gradients: Sequence[Tensor | None],
-    nan: Sequence[Tensor | None],
-    marks: Tensor,
+    passes: Passes,
     coverage: Coverage,
 ) -> bool:
     """Whether NaN has arrived at rows of samples that have none.
@@ -72,13 +71,11 @@ def entangled(
     Args:
         calls: of the pass.
         groupings: of their rows.
-        gradients: output gradient of each call.
-        nan: the same from losses times NaN or 0.
-        marks: the samples with NaN, (B,) bool.
+        passes: back from the losses, and from NaN.
         coverage: of the parameters. Where none is perturbed, samples may share rows.
     """
-    marks = marks.cpu()
-    for call, grouping, gradient, found in zip(calls, groupings, gradients, nan):
+    marks = passes.marks.cpu()
+    for call, grouping, gradient, found in zip(calls, groupings, passes.gradients, passes.nan):
         if grouping is None or gradient is None or found is None or not found.numel():
             continue
         if not any(coverage.covers(part) for part in call.parts):

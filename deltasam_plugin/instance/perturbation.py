@@ -63,7 +63,7 @@ class InstancePerturbation:
                 solution = self._engine.solve(tape, losses, scale, self._rho)
                 at_w = losses.detach()
                 del tape, losses  # frees what is left of the first graph
-                if solution.checked:
+                if solution.compared:
                     self._engine.refuse_mixed_values(solution, at_w, replay)
             norms, lengths = solution.perturbation.norms, solution.perturbation.lengths
             moved = lengths > 0 if self._rho > 0 else norms > 0  # skipped is what has no direction

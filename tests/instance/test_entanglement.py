@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltasam_plugin.instance import InstanceEngine
 from deltasam_plugin.instance.engine import ALWAYS_CHECKED
-from deltasam_plugin.instance.entanglement import marked
+from deltasam_plugin.instance.entanglement import half_in_turn
 from tests.instance.test_engine import RHO, passes_of
 
 
@@ -57,7 +57,7 @@ def test_what_does_not_reach_other_samples_is_no_factor() -> None:
 
 @pytest.mark.parametrize("batch", [2, 3, 5, 8])
 def test_a_few_batches_tell_every_sample_from_every_other(batch: int) -> None:
-    drawn = [marked(batch, number, torch.device("cpu")) for number in range(1, ALWAYS_CHECKED + 1)]
+    drawn = [half_in_turn(batch, number, torch.device("cpu")) for number in range(1, ALWAYS_CHECKED + 1)]
     for one, other in combinations(range(batch), 2):
         for has, lacks in ((one, other), (other, one)):
             assert any(marks[has] and not marks[lacks] for marks in drawn)

@@ -7,59 +7,32 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
 
 from deltasam_plugin.adaptive import filter_scale
 from deltasam_plugin.checks import is_power_of_two
-from deltasam_plugin.errors import Refused
-from deltasam_plugin.instance.apex import unfused_norms
-from deltasam_plugin.instance.compilation import uncompiled
-from deltasam_plugin.instance.coverage import REMEDY, Coverage
-from deltasam_plugin.instance.entanglement import allowed_change, entangled, half_in_turn, halves
+from deltasam_plugin.instance.coverage import Coverage
+from deltasam_plugin.instance.entanglement import entangled, half_in_turn
 from deltasam_plugin.instance.familiarity import Familiarity
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.interception import ParameterSlice
-from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
+from deltasam_plugin.instance.layers.base import PlannedCall
 from deltasam_plugin.instance.layout import Listed, merged
-from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.ownership import Ownership
-from deltasam_plugin.instance.passes import CHECKPOINTED, Passes, output_gradients
+from deltasam_plugin.instance.passes import Passes, output_gradients
 from deltasam_plugin.instance.planning import plan_calls
-from deltasam_plugin.instance.recording import RecordedCall, Tape, detached_uses, intercept_layers
+from deltasam_plugin.instance.recording import RecordedCall, Tape, detached_uses
+from deltasam_plugin.instance.solution import Comparison, Solution
 from deltasam_plugin.loss import check_losses
-from deltasam_plugin.precision import Rounding, at_least_float32
-from deltasam_plugin.replay import forward_only
+from deltasam_plugin.precision import at_least_float32
 
 ALWAYS_CHECKED = 16  # batches; later the powers of two
 CHECK_INTERVAL = 1000  # and the multiples of this
-
-
-@dataclass(frozen=True)
-class Solution:
-    """What the first pass gives.
-
-    Attributes:
-        perturbation: of every sample.
-        calls: what the second pass must repeat, in order.
-        sizes: how many samples each perturbation is shared by, (B,).
-        dtypes: that the first pass computed in.
-        compared: whether samples were told apart by further passes in this batch.
-        rearranged: whether samples may depend on each other in a new way.
-    """
-
-    perturbation: PerSamplePerturbation
-    calls: list[PlannedCall]
-    sizes: Tensor
-    dtypes: set[torch.dtype]
-    compared: bool
-    rearranged: bool
 
 
 class InstanceEngine:
@@ -82,7 +55,7 @@ class InstanceEngine:
         >>> with engine.recording() as tape:
         ...     losses = F.cross_entropy(model(x), y, reduction="none")
         >>> solution = engine.solve(tape, losses)
-        >>> with engine.perturbed(solution):
+        >>> with solution.perturbed():
         ...     F.cross_entropy(model(x), y, reduction="sum").backward()  # the caller replays random numbers
     """
 
@@ -163,7 +136,10 @@ class InstanceEngine:
             planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             if passes.of_parameters and self._coverage.exclude(self._differences(calls, planned, passes)):
                 planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
-            dtypes, compared = {call.dtype for call in calls} or {losses.dtype}, bool(passes.scaled)
+            comparison = None
+            if passes.scaled:
+                dtypes = {call.dtype for call in calls} or {losses.dtype}
+                comparison = Comparison(self._comparisons, self._familiarity.rearranged, dtypes)
             work = list(zip(calls, planned, passes.gradients))
             del calls, passes
             per_sample = _accumulated(work)
@@ -173,7 +149,7 @@ class InstanceEngine:
             rise = None if self.loss_budget is None else seed.abs()[:1] * self.loss_budget * sizes
             scale_of = cache(self._scale_of) if self.adaptive else None
             perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
-            return Solution(perturbation, planned, sizes, dtypes, compared, self._familiarity.rearranged)
+            return Solution(self._parameters, perturbation, planned, sizes, comparison)
 
     def _passes(self, losses: Tensor, calls: list[RecordedCall], rows: list[Listed], seed: Tensor) -> Passes:
         """One backward pass; in a batch that is to be compared, others before it."""
@@ -212,77 +188,6 @@ class InstanceEngine:
         scheduled = self._batches <= ALWAYS_CHECKED or self._batches % CHECK_INTERVAL == 0
         return scheduled or is_power_of_two(self._batches)
 
-    def refuse_mixed_values(self, solution: Solution, losses: Tensor, replay: Callable[[], Tensor]) -> None:
-        """Perturb half of the samples, or groups, alone: the losses of the others must stay what they are.
-
-        Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
-        a row without gradient at w that belongs to another sample than it seems. Comparisons take turns in how they
-        part the samples; where something is new, all ways are tried.
-
-        Args:
-            solution: of a batch of several samples.
-            losses: at w, (B,).
-            replay: the same forward pass, with its random numbers; returns per-sample losses.
-
-        Raises:
-            Refused: they do not.
-        """
-        of_sample = torch.arange(losses.numel(), device=losses.device) // self.group
-        count = len(solution.sizes)
-        ways = halves(count, losses.device)
-        if not solution.rearranged:
-            ways = [half_in_turn(count, self._comparisons, losses.device)]
-        allowed = allowed_change(losses, Rounding.of(solution.dtypes, self.parameters))
-
-        def perturbed(chosen: Tensor) -> Tensor:
-            with self.perturbed(replace(solution, perturbation=solution.perturbation.of_samples(chosen))):
-                return replay()
-
-        def changes(chosen: Tensor) -> Tensor:
-            return (forward_only(partial(perturbed, chosen)) - losses).abs().nan_to_num(0)
-
-        changed = torch.zeros_like(losses)
-        for chosen in (half for way in ways for half in (way, ~way)):
-            changed = torch.where(chosen[of_sample], changed, torch.maximum(changed, changes(chosen)))
-        # Losses that are differences of large numbers round more. How much is seen where nothing is perturbed.
-        if bool((changed > allowed).any()):
-            allowed = allowed + 4 * changes(torch.zeros_like(ways[0])).max()
-        if bool((changed > allowed).any()):
-            raise Refused(
-                "Instance mode: the loss of a sample changes with the perturbation of another, though no "
-                "gradient shows it. It must depend on the sample's own rows: statistics of the batch do not qualify, "
-                f"not even behind detach(). Otherwise {REMEDY}."
-            )
-
-    @contextmanager
-    def perturbed(self, solution: Solution) -> Iterator[None]:
-        """Each sample sees its own perturbed weights in the forward pass that runs within.
-
-        Raises:
-            Refused: that pass calls other layers, or on other shapes, than the recorded one.
-        """
-        perturbation, pending, once = solution.perturbation, list(reversed(solution.calls)), Memo()
-
-        def handle(layer: Layer, arguments: CallArguments, key: CallKey, x: Tensor) -> Tensor:
-            call = pending.pop() if pending else None
-            if call is None or (call.key, call.leading_shape) != (key, arguments.leading_shape):
-                raise Refused(_not_a_replay(call, key, arguments.leading_shape))
-            y = layer.run_perturbed(call, arguments, x, perturbation) if call.perturbed else layer.run(arguments, x)
-            if not pending:
-                perturbation.release()
-                once.clear()
-            return y
-
-        try:
-            with uncompiled(), unfused_norms(), intercept_layers(self._parameters, handle, once, set()):
-                yield
-            if pending:
-                raise Refused(_not_a_replay(pending[-1]))
-        except CheckpointError as error:
-            raise Refused(CHECKPOINTED) from error
-        finally:
-            perturbation.release()
-
 
 def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) -> PerSampleGradients:
     """Per-sample gradients from output gradients. Empties the list, to free inputs and gradients that were used."""
@@ -292,14 +197,3 @@ def _accumulated(work: list[tuple[RecordedCall, PlannedCall, Tensor | None]]) ->
         if gradient is not None and plan.perturbed:
             plan.layer.accumulate(plan, call.x, gradient.detach(), found)
     return found
-
-
-def _not_a_replay(call: PlannedCall | None, key: CallKey | None = None, leading_shape: tuple[int, ...] = ()) -> str:
-    """The message for a second pass that does not repeat the first."""
-    expected = "no further call" if call is None else f"{call.key} with leading sizes {call.leading_shape}"
-    found = "ends" if key is None else f"calls {key} with leading sizes {leading_shape}"
-    return (
-        f"Instance mode: the second pass {found} where the first had {expected}. Both passes must run the "
-        "same layers: replay the random numbers, on the same batch. With activation checkpointing, "
-        f"{REMEDY}."
-    )

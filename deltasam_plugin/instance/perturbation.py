@@ -63,8 +63,7 @@ class InstancePerturbation:
                 solution = self._engine.solve(tape, losses, scale, self._rho)
                 at_w = losses.detach()
                 del tape, losses  # frees what is left of the first graph
-                if solution.compared:
-                    self._engine.refuse_mixed_values(solution, at_w, replay)
+                solution.refuse_mixed_values(at_w, replay)
             norms, lengths = solution.perturbation.norms, solution.perturbation.lengths
             moved = lengths > 0 if self._rho > 0 else norms > 0  # skipped is what has no direction
             constant = self._engine.loss_budget is None and not self._engine.adaptive
@@ -78,7 +77,7 @@ class InstancePerturbation:
                 skipped=~moved.any(),
             )
             overflowed = ~torch.isfinite(norms).all()
-            with self._engine.perturbed(solution):
+            with solution.perturbed():
                 scale = torch.where(overflowed, torch.inf, scale) if torch.float16 in dtypes else scale
                 yield partial(plain_backward, scale)
 

@@ -84,9 +84,8 @@ def along_own_gradients(engine: InstanceEngine, radii: Sequence[float], forward:
         tape.rows, losses = objective.rows, objective.losses
         before = losses.detach()
         solution = engine.solve(tape, losses, rho=rho)
-        if solution.compared:
-            engine.refuse_mixed_values(solution, before, lambda: forward().losses)
-        with engine.perturbed(solution):
+        solution.refuse_mixed_values(before, lambda: forward().losses)
+        with solution.perturbed():
             found.append(at_w(forward) - before)
     return torch.stack(found)
 

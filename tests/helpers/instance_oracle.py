@@ -55,7 +55,7 @@ def engine_gradients(
     with engine.recording(rows) as tape:
         first = losses()
     solution = engine.solve(tape, first, scale)
-    with engine.perturbed(solution):
+    with solution.perturbed():
         second = losses().sum()
     return gradients(second, parameters), solution.perturbation
 

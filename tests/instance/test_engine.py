@@ -241,7 +241,7 @@ def test_one_overflowing_sample_does_not_reach_the_others() -> None:
         first = losses()
     overflowing = torch.tensor([1.0, float("inf"), 1.0, 1.0], dtype=torch.float64)
     solution = engine.solve(tape, first * overflowing)
-    with engine.perturbed(solution):
+    with solution.perturbed():
         second = losses()
     kept = torch.tensor([0, 2, 3])
     found = gradients(second[kept].sum(), trainable(model))
@@ -292,7 +292,7 @@ def test_nothing_stays_intercepted_after_an_exception(where: str) -> None:
         with engine.recording() as tape:
             first = losses("first")
         solution = engine.solve(tape, first)
-        with engine.perturbed(solution):
+        with solution.perturbed():
             return gradients(losses("second").sum(), trainable(model))
 
     expected = step()
@@ -515,11 +515,11 @@ def test_a_second_pass_that_is_no_repetition_is_refused() -> None:
 
     with (
         pytest.raises(RuntimeError, match=r"calls embedding\(embedding.weight\) with leading sizes \(2, 2\) where the"),
-        engine.perturbed(solution()),
+        solution().perturbed(),
     ):
         sequence_losses(MODEL, torch.tensor([[1, 2], [4, 5]]))
     ended = "second pass ends where the first had linear"
-    with pytest.raises(RuntimeError, match=ended), engine.perturbed(solution()):
+    with pytest.raises(RuntimeError, match=ended), solution().perturbed():
         MODEL.embedding(torch.tensor([[1, 2, 3], [4, 5, 6]]))
 
 
@@ -640,7 +640,7 @@ def test_the_graph_of_the_second_pass_is_all_that_holds_the_perturbation() -> No
     kept = [weakref.ref(factor.left) for part in parts(solution) for factor in solution.perturbation.factors(part)]
     assert kept
     del tape, first
-    with engine.perturbed(solution):
+    with solution.perturbed():
         second = losses().sum()
     assert all(reference() is not None for reference in kept)
     second.backward()
@@ -665,6 +665,6 @@ def test_embeddings_are_perturbed_in_single_precision_under_autocast() -> None:
     with engine.recording() as tape:
         first = losses()
     solution = engine.solve(tape, first)
-    with engine.perturbed(solution):
+    with solution.perturbed():
         rise = losses() - first
     torch.testing.assert_close(rise, RHO * solution.perturbation.norms, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import json
 import logging
 import subprocess
@@ -132,9 +133,11 @@ def run(chosen: Slice) -> Row:
 
 
 def keep(row: Row) -> None:
-    """Add a row to the results, and draw the figure of all."""
+    """Add a row to the results, and draw the figure of all; runs that end together draw one after the other."""
     append(RESULTS, Row._fields, [row.written()])
-    draw(rows(), RESULTS.with_suffix(".png"), {name: task.score for name, task in TASKS.items()})
+    with RESULTS.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        draw(rows(), RESULTS.with_suffix(".png"), {name: task.score for name, task in TASKS.items()})
 
 
 def work(tasks: Collection[str], number: int, pause_file: Path | None) -> None:

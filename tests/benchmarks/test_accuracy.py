@@ -6,6 +6,7 @@ import csv
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,22 @@ def test_the_figure_shows_what_was_not_for_tuning(monkeypatch: pytest.MonkeyPatc
     assert figure.read_bytes() == before  # one run alone has no interval
     accuracy.keep(row("adam", 4, None, 60))
     assert figure.read_bytes() != before
+
+
+def test_runs_that_end_together_draw_one_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
+    seen: list[int | None] = []
+
+    def slow_draw(rows: list[Row], *_: object) -> None:
+        seen.append(len(rows))
+        time.sleep(0.3)
+        seen.append(None)
+
+    monkeypatch.setattr(accuracy, "draw", slow_draw)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(accuracy.keep, [row("adam", seed) for seed in SEEDS[:3]]))
+    assert seen[1::2] == [None] * 3
+    assert seen[-2] == 3  # the last figure shows all
 
 
 def test_the_study_stops_when_a_slice_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

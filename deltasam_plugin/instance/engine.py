@@ -24,7 +24,7 @@ from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layers.base import PlannedCall
 from deltasam_plugin.instance.layout import Listed, merged
 from deltasam_plugin.instance.ownership import Ownership
-from deltasam_plugin.instance.passes import Passes, output_gradients
+from deltasam_plugin.instance.passes import MarkedPass, Passes, output_gradients
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, detached_uses
 from deltasam_plugin.instance.solution import Comparison, Solution
@@ -130,8 +130,8 @@ class InstanceEngine:
             passes = self._passes(losses, calls, rows, seed)
             groupings, reasons = self._ownership.groupings(calls, passes.gradients, passes.scaled, losses.numel(), rows)
             self._coverage.exclude({**detached_uses(calls, passes.gradients, tape.superseded), **reasons})
-            if passes.nan:
-                self._entangled = entangled(calls, groupings, passes, self._coverage)
+            if passes.marked is not None:
+                self._entangled = entangled(calls, groupings, passes.gradients, passes.marked, self._coverage)
             groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
             planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             if passes.of_parameters and self._coverage.exclude(self._differences(calls, planned, passes)):
@@ -157,7 +157,7 @@ class InstanceEngine:
         new = self._familiarity.strange(calls, losses) if batch > 1 else False
         untrusted = check or new or self._entangled or self._familiarity.lost
         gradients = partial(output_gradients, losses, calls)
-        scaled, nan, marks = [], [], torch.zeros_like(losses, dtype=torch.bool)
+        scaled, marked = [], None
         if batch > 1 and (untrusted or self._ownership.leaves_open(calls, losses, rows)):
             self._comparisons += 1
             factors = self._ownership.factors(calls, losses)
@@ -165,11 +165,11 @@ class InstanceEngine:
             self._familiarity.learn()
             if (check or new) and not self._entangled and not torch.is_anomaly_enabled():
                 marks = half_in_turn(batch, self._comparisons, losses.device)
-                nan = gradients(torch.where(marks, torch.nan, 0 * seed), retain_graph=True)
+                marked = MarkedPass(marks, gradients(torch.where(marks, torch.nan, 0 * seed), retain_graph=True))
         names = self._coverage.names() if check or new else self._coverage.unverified()
         found = gradients(seed, [self._parameters[name] for name in names])
         of_parameters = {name: g for name, g in zip(names, found[len(calls) :]) if g is not None}
-        return Passes(found[: len(calls)], scaled, nan, marks, of_parameters)
+        return Passes(found[: len(calls)], scaled, marked, of_parameters)
 
     def _differences(self, calls: list[RecordedCall], planned: list[PlannedCall], passes: Passes) -> dict[str, str]:
         """Parameters whose per-sample gradients do not add up to autograd's, with the reason."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from deltasam_plugin.checks import TOLERANCE
 from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.layout import Grouping
-from deltasam_plugin.instance.passes import Passes
+from deltasam_plugin.instance.passes import MarkedPass, OutputGradients
 from deltasam_plugin.instance.recording import RecordedCall
 from deltasam_plugin.precision import SINGLE, Rounding
 
@@ -63,7 +63,8 @@ def allowed_change(losses: Tensor, rounding: Rounding) -> Tensor:
 def entangled(
     calls: Sequence[RecordedCall],
     groupings: Sequence[Grouping | None],
-    passes: Passes,
+    gradients: OutputGradients,
+    marked: MarkedPass,
     coverage: Coverage,
 ) -> bool:
     """Whether NaN has arrived at rows of samples that have none.
@@ -71,11 +72,12 @@ def entangled(
     Args:
         calls: of the pass.
         groupings: of their rows.
-        passes: back from the losses, and from NaN.
+        gradients: from the losses.
+        marked: the pass from NaN.
         coverage: of the parameters. Where none is perturbed, samples may share rows.
     """
-    marks = passes.marks.cpu()
-    for call, grouping, gradient, found in zip(calls, groupings, passes.gradients, passes.nan):
+    marks = marked.marks.cpu()
+    for call, grouping, gradient, found in zip(calls, groupings, gradients, marked.gradients):
         if grouping is None or gradient is None or found is None or not found.numel():
             continue
         if not any(coverage.covers(part) for part in call.parts):

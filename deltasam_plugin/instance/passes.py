@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,18 @@ CHECKPOINTED = (
 OutputGradients = Sequence[Tensor | None]  # of each call; None where no loss depends on it
 
 
+class MarkedPass(NamedTuple):
+    """A pass that finds where a loss leads, see ``entanglement``.
+
+    Attributes:
+        marks: the samples whose losses have NaN, (B,) bool.
+        gradients: back from these.
+    """
+
+    marks: Tensor
+    gradients: OutputGradients
+
+
 @dataclass(frozen=True)
 class Passes:
     """What one pass gives, and in a batch that is compared, what others give.
@@ -29,15 +41,13 @@ class Passes:
     Attributes:
         gradients: from the losses.
         scaled: from the losses times each of ``Ownership.factors``; empty in a batch that is not compared.
-        nan: from NaN at some samples' losses and 0 at the others', see ``entanglement``; may be empty.
-        marks: the samples with NaN, (B,) bool.
+        marked: from NaN at some samples' losses and 0 at the others'; None in most batches.
         of_parameters: autograd's gradients by name, for ``Coverage.verify``.
     """
 
     gradients: OutputGradients
     scaled: Sequence[OutputGradients]
-    nan: OutputGradients
-    marks: Tensor
+    marked: MarkedPass | None
     of_parameters: dict[str, Tensor]
 
 

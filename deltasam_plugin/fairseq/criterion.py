@@ -98,7 +98,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
             loss, statistics = perturbations.loss(first, second, 0, rho, errors)
         optimizer.backward_passes.follow(loss, named_parameters(inner, self))
         sample_size, logging_output = results[0]
-        logging_output.update(log_entries(statistics, optimizer.settings, rho))
+        logging_output.update(log_entries(statistics, optimizer.settings, rho, sample_size))
         return loss, sample_size, logging_output
 
     @classmethod

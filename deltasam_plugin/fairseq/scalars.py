@@ -15,9 +15,8 @@ from deltasam_plugin.loss import Statistics
 from deltasam_plugin.settings import Settings
 
 PREFIX = "sam_"
-BATCHES, SHARPNESS = PREFIX + "batches", PREFIX + "sharpness"
-ENTRIES = {BATCHES, PREFIX + "rho", *(PREFIX + item.name for item in fields(Statistics))}  # ours
-SIZE = "sample_size"
+BATCHES, SIZE, SHARPNESS = PREFIX + "batches", PREFIX + "sample_size", PREFIX + "sharpness"
+ENTRIES = {BATCHES, SIZE, PREFIX + "rho", *(PREFIX + item.name for item in fields(Statistics))}  # ours
 HIDDEN = "_"  # fairseq does not show what begins with it
 OF_PROBES = {"ess", "weight_max", "probes_failed", "probes_lost"}
 # Over micro-batches and workers.
@@ -52,11 +51,18 @@ def constant_scalars(settings: Settings) -> set[str]:
     return of_probes | (set() if settings.perturbation == "instance" and settings.radius > 0 else {"ascent_gnorm_std"})
 
 
-def log_entries(statistics: Statistics, settings: Settings, rho: float) -> dict[str, Any]:
-    """What the criterion adds to its logging output for one micro-batch: tensors, which backward fills in later."""
+def log_entries(statistics: Statistics, settings: Settings, rho: float, size: Any) -> dict[str, Any]:
+    """What the criterion adds to its logging output for one micro-batch: tensors, which backward fills in later.
+
+    Args:
+        statistics: of the micro-batch.
+        settings: of the run.
+        rho: radius of the update.
+        size: the sample size that the criterion returns. It need not log it.
+    """
     names = [item.name for item in fields(Statistics) if item.name not in constant_scalars(settings)]
     varying = {PREFIX + "rho": rho} if settings.rho_varies else {}
-    return {BATCHES: 1, **varying, **{PREFIX + name: getattr(statistics, name) for name in names}}
+    return {BATCHES: 1, SIZE: size, **varying, **{PREFIX + name: getattr(statistics, name) for name in names}}
 
 
 def log_scalars(logging_outputs: list[dict[str, Any]]) -> None:
@@ -71,7 +77,7 @@ def log_scalars(logging_outputs: list[dict[str, Any]]) -> None:
     names = ENTRIES & {key for log in logging_outputs for key in log}
     if BATCHES not in names:
         return
-    totals = {name: _total([log[name] for log in logging_outputs if name in log]) for name in (*names, SIZE)}
+    totals = {name: _total([log[name] for log in logging_outputs if name in log]) for name in names}
     means = {PREFIX + name: (BATCHES, 1.0, 620) for name in MEANS}
     for name, (count, unit, priority) in (means | {SHARPNESS: (SIZE, math.log(2), 610)}).items():
         if name in names and (torch.is_tensor(totals[count]) or totals[count] > 0):
@@ -85,7 +91,7 @@ def log_scalars(logging_outputs: list[dict[str, Any]]) -> None:
 
 def _total(values: list[Any]) -> Any:
     """Their sum; one value as it is."""
-    return sum(values[1:], values[0]) if values else 0
+    return sum(values[1:], values[0])
 
 
 def _mean(name: str, meters: Any) -> Any:

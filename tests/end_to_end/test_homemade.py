@@ -83,6 +83,17 @@ def test_loss_terms_outside_the_criterion(translation_data: Path, tmp_path: Path
         fairseq_train(translation_data, tmp_path, *options, "--sam-perturbation", perturbation, "--update-freq", 2)
 
 
+def test_a_criterion_that_logs_no_sizes(translation_data: Path, tmp_path: Path) -> None:
+    """fairseq asks for none in the log: the size that counts is the one that the criterion returns."""
+    sharpness = []
+    for criterion in (SMOOTHED, homemade.TERSE):
+        logs = tmp_path / criterion / "logs"
+        options = [*TRANSLATION, *ADAM, *delta(criterion), "--disable-validation", "--tensorboard-logdir", logs]
+        fairseq_train(translation_data, tmp_path / criterion, *options, updates=3)
+        sharpness.append(scalars(logs, "sam_sharpness")["sam_sharpness"])
+    assert sharpness[0] == sharpness[1]
+
+
 def test_a_weighting_of_one_s_own(translation_data: Path, tmp_path: Path) -> None:
     """Registered in a user-dir, and named on the command line like any other."""
     runs = []

@@ -112,8 +112,8 @@ def test_sums_over_micro_batches_and_workers() -> None:
     second = {"loss": 50.0, "ntokens": 30, "sample_size": 30, "nll_loss": 45.0, "nsentences": 4, "sam_batches": 1}
     first |= {"sam_sharpness": 2.0, "sam_ess": 0.5, "sam_weight_max": 3.0, "sam_ascent_gnorm": 4.0}
     second |= {"sam_sharpness": 6.0, "sam_ess": 1.0, "sam_weight_max": 1.0, "sam_ascent_gnorm": 2.0}
-    first |= {"sam_eps_norm": 0.05, "sam_skipped": 0.0}
-    second |= {"sam_eps_norm": 0.0, "sam_skipped": 1.0}
+    first |= {"sam_eps_norm": 0.05, "sam_skipped": 0.0, "sam_sample_size": 10}
+    second |= {"sam_eps_norm": 0.0, "sam_skipped": 1.0, "sam_sample_size": 30}
     together = {key: torch.tensor(float(first[key] + second[key])) for key in first}
     expected = {"sam_sharpness": 8 / 40 / math.log(2), "sam_ess": 0.75, "sam_weight_max": 2.0}
     expected |= {"sam_ascent_gnorm": 3.0, "sam_eps_norm": 0.025, "sam_skipped": 1.0, "loss": 70 / 40 / math.log(2)}

@@ -12,6 +12,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion,
     LabelSmoothedCrossEntropyCriterionConfig,
 )
+from fairseq.logging import metrics
 from fairseq.models import BaseFairseqModel, register_model, register_model_architecture
 from fairseq.models.transformer import TransformerModel, tiny_architecture
 from fairseq.tasks import register_task
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from deltasam_plugin import per_sample_losses, weighting
 
 MODEL, CRITERION = "wrapping", "normalizing_label_smoothed_cross_entropy"
+TERSE = "terse_label_smoothed_cross_entropy"
 WEIGHTING = "inverse_curvature"
 REGULARIZED, LATE_REGULARIZED = "regularized_translation", "late_regularized_translation"
 SEEDING = "seeding_translation"
@@ -83,6 +85,22 @@ def smoothed_losses(criterion: Any, model: Any, sample: Any, net_output: Any) ->
     """As for label-smoothed cross-entropy."""
     losses, _ = criterion.compute_loss(model, net_output, sample, reduce=False)
     return losses.view(sample["target"].size(0), -1).sum(dim=1)
+
+
+@register_criterion(TERSE, dataclass=LabelSmoothedCrossEntropyCriterionConfig)
+class TerseCriterion(LabelSmoothedCrossEntropyCriterion):
+    """It logs its loss, and no sizes."""
+
+    def forward(self, model: Any, sample: Any, reduce: bool = True) -> Any:
+        loss, sample_size, logging_output = super().forward(model, sample, reduce)
+        return loss, sample_size, {"loss": logging_output["loss"] / sample_size}
+
+    @staticmethod
+    def reduce_metrics(logging_outputs: Any) -> None:
+        metrics.log_scalar("loss", sum(log["loss"] for log in logging_outputs) / len(logging_outputs))
+
+
+per_sample_losses(TERSE)(smoothed_losses)
 
 
 @weighting(WEIGHTING, measures="second_difference")

@@ -133,9 +133,9 @@ def run(chosen: Slice) -> Row:
 
 
 def keep(row: Row) -> None:
-    """Add a row to the results, and draw the figure of all; runs that end together draw one after the other."""
+    """Add a row to the results, and draw the figure of all."""
     append(RESULTS, Row._fields, [row.written()])
-    with RESULTS.open() as file:
+    with RESULTS.open() as file:  # runs that end together would write the same figure
         fcntl.flock(file, fcntl.LOCK_EX)
         draw(rows(), RESULTS.with_suffix(".png"), {name: task.score for name, task in TASKS.items()})
 

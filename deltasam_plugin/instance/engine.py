@@ -1,7 +1,4 @@
-r"""Two batched passes for the gradient of every sample at its own worst-case weights.
-
-.. math:: G^* = \sum_i \nabla\ell_i\Bigl(w + \rho\,\frac{g_i}{\|g_i\|}\Bigr), \qquad g_i = \nabla\ell_i(w)
-"""
+"""The first pass of instance mode: from a recorded forward pass to the perturbation of every sample."""
 
 from __future__ import annotations
 
@@ -154,20 +151,20 @@ class InstanceEngine:
     def _passes(self, losses: Tensor, calls: list[RecordedCall], rows: list[Listed], seed: Tensor) -> Passes:
         """One backward pass; in a batch that is to be compared, others before it."""
         batch, check = losses.numel(), self._is_to_be_checked()
-        new = self._familiarity.strange(calls, losses) if batch > 1 else False
-        untrusted = check or new or self._entangled or self._familiarity.lost
-        gradients = partial(output_gradients, losses, calls)
+        strange = self._familiarity.strange(calls, losses) if batch > 1 else False
+        untrusted = check or strange or self._entangled or self._familiarity.lost
+        backward = partial(output_gradients, losses, calls)
         scaled, marked = [], None
         if batch > 1 and (untrusted or self._ownership.leaves_open(calls, losses, rows)):
             self._comparisons += 1
             factors = self._ownership.factors(calls, losses)
-            scaled = [gradients(seed * factor, retain_graph=True) for factor in factors]
+            scaled = [backward(seed * factor, retain_graph=True) for factor in factors]
             self._familiarity.learn()
-            if (check or new) and not self._entangled and not torch.is_anomaly_enabled():
+            if (check or strange) and not self._entangled and not torch.is_anomaly_enabled():
                 marks = half_in_turn(batch, self._comparisons, losses.device)
-                marked = MarkedPass(marks, gradients(torch.where(marks, torch.nan, 0 * seed), retain_graph=True))
-        names = self._coverage.names() if check or new else self._coverage.unverified()
-        found = gradients(seed, [self._parameters[name] for name in names])
+                marked = MarkedPass(marks, backward(torch.where(marks, torch.nan, 0 * seed), retain_graph=True))
+        names = self._coverage.names() if check or strange else self._coverage.unverified()
+        found = backward(seed, [self._parameters[name] for name in names])
         of_parameters = {name: g for name, g in zip(names, found[len(calls) :]) if g is not None}
         return Passes(found[: len(calls)], scaled, marked, of_parameters)
 

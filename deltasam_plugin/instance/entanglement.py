@@ -15,8 +15,8 @@ from torch import Tensor
 from deltasam_plugin.checks import TOLERANCE
 from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.layout import Grouping
-from deltasam_plugin.instance.passes import MarkedPass, OutputGradients
-from deltasam_plugin.instance.recording import RecordedCall
+from deltasam_plugin.instance.passes import MarkedPass
+from deltasam_plugin.instance.recording import OutputGradients, RecordedCall
 from deltasam_plugin.precision import SINGLE, Rounding
 
 
@@ -32,16 +32,16 @@ def halves(count: int, device: torch.device) -> list[Tensor]:
 
 
 def half_in_turn(count: int, number: int, device: torch.device) -> Tensor:
-    """One of the halves, or of their complements: a few comparisons tell every sample from every other.
+    """One of the halves, or after an even number its complement. A few in a row tell every sample from every other.
 
     Args:
-        count: of the samples.
-        number: of the comparison, in a run.
+        count: of the samples. It may differ from turn to turn.
+        number: of the turn.
         device: of the result.
     """
     ways = halves(count, device)
-    half = ways[number % len(ways)]
-    return ~half if number // len(ways) % 2 else half
+    half = ways[number // 2 % len(ways)]
+    return ~half if number % 2 else half
 
 
 def allowed_change(losses: Tensor, rounding: Rounding) -> Tensor:
@@ -72,8 +72,8 @@ def entangled(
     Args:
         calls: of the pass.
         groupings: of their rows.
-        gradients: from the losses.
-        marked: the pass from NaN.
+        gradients: of the calls' outputs.
+        marked: the same from NaN.
         coverage: of the parameters. Where none is perturbed, samples may share rows.
     """
     marks = marked.marks.cpu()

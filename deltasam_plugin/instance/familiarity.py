@@ -107,7 +107,7 @@ class Familiarity:
                 "Instance mode: the latest batch moved its rows about in another order than all batches "
                 "before, in which each row's sample was looked up. In this one update the perturbations may have been "
                 "those of other samples. From now on rows are looked up in every batch.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 

@@ -30,7 +30,7 @@ from deltasam_plugin.instance.layout import (
     conceivable,
     consistent,
 )
-from deltasam_plugin.instance.recording import RecordedCall
+from deltasam_plugin.instance.recording import OutputGradients, RecordedCall
 from deltasam_plugin.loss import nodes_of
 from deltasam_plugin.precision import coarsest
 
@@ -63,8 +63,8 @@ class Ownership:
     def groupings(
         self,
         calls: Sequence[RecordedCall],
-        gradients: Sequence[Tensor | None],
-        scaled: Sequence[Sequence[Tensor | None]],
+        gradients: OutputGradients,
+        scaled: Sequence[OutputGradients],
         batch: int,
         rows: Sequence[Listed],
     ) -> tuple[list[Grouping | None], dict[str, str]]:

@@ -12,14 +12,12 @@ from torch.utils.checkpoint import CheckpointError
 
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.coverage import REMEDY
-from deltasam_plugin.instance.recording import RecordedCall
+from deltasam_plugin.instance.recording import OutputGradients, RecordedCall
 
 CHECKPOINTED = (
     "Instance mode with activation checkpointing, which runs layers again in backward, where they are not recorded. "
     f"Leave it out, or {REMEDY}."
 )
-
-OutputGradients = Sequence[Tensor | None]  # of each call; None where no loss depends on it
 
 
 class MarkedPass(NamedTuple):
@@ -27,7 +25,7 @@ class MarkedPass(NamedTuple):
 
     Attributes:
         marks: the samples whose losses have NaN, (B,) bool.
-        gradients: back from these.
+        gradients: of the calls' outputs, from these losses.
     """
 
     marks: Tensor
@@ -39,9 +37,9 @@ class Passes:
     """What one pass gives, and in a batch that is compared, what others give.
 
     Attributes:
-        gradients: from the losses.
-        scaled: from the losses times each of ``Ownership.factors``; empty in a batch that is not compared.
-        marked: from NaN at some samples' losses and 0 at the others'; None in most batches.
+        gradients: of the calls' outputs, from the losses.
+        scaled: the same from the losses times each of ``Ownership.factors``; empty if the batch is not compared.
+        marked: the same from NaN at some samples' losses and 0 at the others'; None if mixing is not looked for.
         of_parameters: autograd's gradients by name, for ``Coverage.verify``.
     """
 

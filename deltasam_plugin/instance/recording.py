@@ -24,6 +24,7 @@ from deltasam_plugin.instance.memo import Memo
 
 Use = tuple[str, ParameterSlice | None, ParameterSlice | None]
 Handle = Callable[[Layer, CallArguments, CallKey, Tensor], Tensor]
+OutputGradients = Sequence[Tensor | None]  # of the output of each call; None where no loss depends on it
 
 
 def intercept_layers(
@@ -176,7 +177,7 @@ class Tape:
 
 
 def detached_uses(
-    calls: Sequence[RecordedCall], gradients: Sequence[Tensor | None], superseded: set[CallKey]
+    calls: Sequence[RecordedCall], gradients: OutputGradients, superseded: set[CallKey]
 ) -> dict[str, str]:
     """Parameters with a gradient that are also used where no gradient arrives.
 

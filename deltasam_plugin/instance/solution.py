@@ -27,10 +27,10 @@ from deltasam_plugin.replay import forward_only
 
 
 class Comparison(NamedTuple):
-    """Of a batch whose samples were told apart by further passes.
+    """The samples of this batch were told apart by further passes.
 
     Attributes:
-        number: how many there were in the run.
+        number: of the comparison, in a run.
         rearranged: whether samples may depend on each other in a new way.
         dtypes: that the first pass computed in.
     """
@@ -45,11 +45,11 @@ class Solution:
     """What the first pass gives.
 
     Attributes:
-        parameters: that are perturbed, by name.
+        parameters: whose calls both passes look at, by name; covered or not.
         perturbation: of every sample.
         calls: what the second pass must repeat, in order.
         sizes: how many samples each perturbation is shared by, one for each group.
-        comparison: None for most batches.
+        comparison: None if the batch was not compared.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -105,20 +105,20 @@ class Solution:
             return
         number, rearranged, dtypes = self.comparison
         count, device = len(self.sizes), losses.device
-        group_of_sample = torch.arange(count, device=device).repeat_interleave(self.sizes.long())
-        ways = halves(count, device) if rearranged else [half_in_turn(count, number, device)]
+        group = torch.arange(count, device=device).repeat_interleave(self.sizes.long(), output_size=len(losses))
+        ways = halves(count, device) if rearranged else [half_in_turn(count, 2 * number, device)]
         allowed = allowed_change(losses, Rounding.of(dtypes, self.parameters.values()))
 
-        def perturbed(chosen: Tensor) -> Tensor:
+        def losses_with(chosen: Tensor) -> Tensor:
             with replace(self, perturbation=self.perturbation.of_samples(chosen)).perturbed():
                 return replay()
 
         def changes(chosen: Tensor) -> Tensor:
-            return (forward_only(partial(perturbed, chosen)) - losses).abs().nan_to_num(0)
+            return (forward_only(partial(losses_with, chosen)) - losses).abs().nan_to_num(0)
 
         changed = torch.zeros_like(losses)
         for chosen in (half for way in ways for half in (way, ~way)):
-            changed = torch.where(chosen[group_of_sample], changed, torch.maximum(changed, changes(chosen)))
+            changed = torch.where(chosen[group], changed, torch.maximum(changed, changes(chosen)))
         # Losses that are differences of large numbers round more. How much is seen where nothing is perturbed.
         if bool((changed > allowed).any()):
             allowed = allowed + 4 * changes(torch.zeros_like(ways[0])).max()

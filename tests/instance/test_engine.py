@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from deltasam_plugin.instance import InstanceEngine, Solution
+from deltasam_plugin.instance import InstanceEngine
 from tests.helpers.instance_oracle import correction_error, engine_gradients, gradients, loop, norm, trainable
 
 RHO, TOLERANCE, VOCABULARY, WIDTH = 0.4, 1e-9, 7, 6
@@ -505,24 +504,6 @@ def _without_gradient(x: Tensor, linear: nn.Linear) -> Tensor:
         return linear(x)
 
 
-def test_a_second_pass_that_is_no_repetition_is_refused() -> None:
-    engine = InstanceEngine(MODEL, RHO)
-
-    def solution() -> Solution:
-        with engine.recording() as tape:
-            losses = sequence_losses(MODEL, torch.tensor([[1, 2, 3], [4, 5, 6]]))
-        return engine.solve(tape, losses)
-
-    with (
-        pytest.raises(RuntimeError, match=r"calls embedding\(embedding.weight\) with leading sizes \(2, 2\) where the"),
-        solution().perturbed(),
-    ):
-        sequence_losses(MODEL, torch.tensor([[1, 2], [4, 5]]))
-    ended = "second pass ends where the first had linear"
-    with pytest.raises(RuntimeError, match=ended), solution().perturbed():
-        MODEL.embedding(torch.tensor([[1, 2, 3], [4, 5, 6]]))
-
-
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
 def test_an_invalid_radius_is_refused(rho: float) -> None:
     with pytest.raises(ValueError, match=rf"Invalid rho={rho}. Must be finite and >= 0."):
@@ -627,44 +608,3 @@ def test_more_samples_than_factors_take_more_passes() -> None:
     engine = InstanceEngine(model, RHO)
     assert passes_of(engine, classified(model, 33), trainable(model)) == 4
     assert correction_error(engine, classified(model, 33), trainable(model)) <= TOLERANCE
-
-
-def test_the_graph_of_the_second_pass_is_all_that_holds_the_perturbation() -> None:
-    """The backward pass then frees it layer by layer."""
-    model = Classifier()
-    losses = classified(model)
-    engine = InstanceEngine(model, RHO)
-    with engine.recording() as tape:
-        first = losses()
-    solution = engine.solve(tape, first)
-    kept = [weakref.ref(factor.left) for part in parts(solution) for factor in solution.perturbation.factors(part)]
-    assert kept
-    del tape, first
-    with solution.perturbed():
-        second = losses().sum()
-    assert all(reference() is not None for reference in kept)
-    second.backward()
-    del second
-    assert not any(reference() is not None for reference in kept)
-
-
-def parts(solution: Solution) -> list:
-    return [call.weight for call in solution.calls]
-
-
-def test_embeddings_are_perturbed_in_single_precision_under_autocast() -> None:
-    """Without a product the loss is linear in the table: it rises by ρ‖gᵢ‖ exactly."""
-    torch.manual_seed(0)
-    table, tokens, c = nn.Embedding(9, 32), torch.randint(9, (4, 7)), torch.randn(4, 7, 32)
-    engine = InstanceEngine(table, RHO)
-
-    def losses() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return (table(tokens) * c).sum((1, 2))
-
-    with engine.recording() as tape:
-        first = losses()
-    solution = engine.solve(tape, first)
-    with solution.perturbed():
-        rise = losses() - first
-    torch.testing.assert_close(rise, RHO * solution.perturbation.norms, rtol=1e-5, atol=1e-5)

@@ -55,9 +55,10 @@ def test_what_does_not_reach_other_samples_is_no_factor() -> None:
     assert passes[-1] == 1
 
 
-@pytest.mark.parametrize("batch", [2, 3, 5, 8])
-def test_a_few_batches_tell_every_sample_from_every_other(batch: int) -> None:
-    drawn = [half_in_turn(batch, number, torch.device("cpu")) for number in range(1, ALWAYS_CHECKED + 1)]
-    for one, other in combinations(range(batch), 2):
+@pytest.mark.parametrize("batches", [[2], [3], [5], [8], [4, 17], [8, 9], [30, 7, 12]])
+def test_a_few_batches_tell_every_sample_from_every_other(batches: list[int]) -> None:
+    sizes = [batches[number % len(batches)] for number in range(1, ALWAYS_CHECKED + 1)]
+    drawn = [half_in_turn(size, number, torch.device("cpu")) for number, size in enumerate(sizes, 1)]
+    for one, other in combinations(range(min(batches)), 2):
         for has, lacks in ((one, other), (other, one)):
             assert any(marks[has] and not marks[lacks] for marks in drawn)

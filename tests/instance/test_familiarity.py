@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from deltasam_plugin.instance import InstanceEngine
 from deltasam_plugin.instance.engine import ALWAYS_CHECKED
 from deltasam_plugin.instance.familiarity import Familiarity
 from tests.helpers.rehearsal import Rehearsal, moved
@@ -141,3 +142,23 @@ def test_on_a_gpu_an_unusual_order_is_told_of_one_batch_later() -> None:
             strange(usual)
         assert familiarity.lost
         assert rehearsal.waits == []
+
+
+def test_the_warning_names_the_line_that_asked_for_a_perturbation() -> None:
+    rehearsal = Rehearsal()
+    with rehearsal.active():
+        layer = moved(nn.Linear(4, 3))
+        engine, usual, other = InstanceEngine(layer, 0.1), moved(torch.arange(3)), moved(torch.tensor([2, 0, 1]))
+
+        def solve(order: Tensor) -> None:
+            x = moved(torch.randn(3, 4))
+            with engine.recording() as tape:
+                losses = layer(x)[order].square().sum(1)
+            engine.solve(tape, losses)
+
+        for _ in range(LAST - 1):
+            solve(usual)
+        solve(other)
+        with pytest.warns(UserWarning, match="moved its rows about in another order") as warned:
+            solve(usual)
+    assert [warning.filename for warning in warned] == [__file__]

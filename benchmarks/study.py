@@ -100,9 +100,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def differences(rows: Sequence[Row], method: str, reference: str) -> list[float]:
-    """Test score after the last epoch less that of the reference, over the seeds that both have."""
-    of = {name: {row.seed: row.test_last for row in rows if row.method == name} for name in (method, reference)}
+def differences(rows: Sequence[Row], method: str, reference: str, score: str = "test_last") -> list[float]:
+    """A score less that of the reference, over the seeds that both have."""
+    of = {name: {row.seed: getattr(row, score) for row in rows if row.method == name} for name in (method, reference)}
     return [of[method][seed] - of[reference][seed] for seed in sorted(of[method].keys() & of[reference].keys())]
 
 
@@ -112,20 +112,38 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Adam's test score after the last epoch, and by how much each method differs from it, for every task and noise."""
+    """Adam's test scores in every task, and by how much each method differs from them with the same seeds.
+
+    P-values are corrected for the comparisons with Adam in the same task, and for all in the table.
+    """
     found = cases(rows)
-    adam = {case: [row.test_last for row in own if row.method == "adam"] for case, own in found.items()}
-    gained = {case: gains(own, "adam") for case, own in found.items()}
-    values = {(row.task, row.noise, row.method): row.value for own in found.values() for row in own}
-    lines = [("training", *(case_title(*case) for case in found))]
-    lines.append(("adam", *(_shown(interval(own)) if len(own) > 1 else "" for own in adam.values())))
-    for method in dict.fromkeys(row.method for own in found.values() for row in own if row.method != "adam"):
-        cells = [method]
-        for case, own in gained.items():
-            value = values.get((*case, method))
-            chosen = "" if value is None else f"{value:g}: "
-            cells.append(f"{chosen}{_shown_gain(own[method])}" if method in own else "")
-        lines.append(tuple(cells))
+    raw = {(case, name): _paired(own, name, "adam")[2] for case, own in found.items() for name in gains(own, "adam")}
+    corrected = dict(zip(raw, holm(list(raw.values()))))
+    scores = {"test_last": 1, "test_best": 1, "test_loss_last": 3, "test_loss_best": 3}  # and their digits
+    lines = [
+        (
+            "task",
+            "training",
+            "its parameter",
+            "last epoch",
+            "p",
+            "p, all",
+            "best epoch",
+            "loss, last epoch",
+            "loss, best epoch",
+        )
+    ]
+    for case, own in found.items():
+        adam = [row for row in own if row.method == "adam"]
+        levels = [_shown(interval([getattr(row, name) for row in adam]), digits) for name, digits in scores.items()]
+        lines.append((case_title(*case), "adam", "", levels[0], "", "", *levels[1:]))
+        for method, (_, _, p_value) in gains(own, "adam").items():
+            value = next(row.value for row in own if row.method == method)
+            gained = [_shown(interval(differences(own, method, "adam", name)), digits, "+")
+                      for name, digits in scores.items()]  # fmt: skip
+            p_values = _shown_p(p_value), _shown_p(corrected[case, method])
+            chosen = "" if value is None else f"{value:g}"
+            lines.append(("", method, chosen, gained[0], *p_values, *gained[1:]))
     return table(lines)
 
 
@@ -192,4 +210,8 @@ def _shown(found: tuple[float, ...], digits: int = 1, sign: str = "") -> str:
 
 def _shown_gain(found: tuple[float, float, float]) -> str:
     *difference, p_value = found
-    return f"{_shown(tuple(difference), sign='+')} ({'p < 0.001' if p_value < 0.001 else f'p {p_value:.3f}'})"
+    return f"{_shown(tuple(difference), sign='+')} (p {_shown_p(p_value)})"
+
+
+def _shown_p(p_value: float) -> str:
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

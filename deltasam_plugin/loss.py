@@ -121,9 +121,9 @@ class Perturbation(Protocol):
         Returns:
             L(w), detached, and ``ascend(scale, statistics)``: a context, entered once, for the second pass. ``scale``
             is the factor on the loss in backward: a loss scale, or zero for a dummy batch. ``statistics`` are filled,
-            except for the sharpness. The context yields the backward pass from the loss of the second pass. Its scale
-            is infinite if the ascent overflowed in fp16: dynamic loss scaling then skips the update, as after any
-            overflow.
+            except for the sharpness. The context yields the backward pass from the loss of the second pass. With
+            dynamic loss scaling its scale is infinite if the ascent overflowed in fp16: the update is then skipped, as
+            after any overflow.
         """
 
 
@@ -200,6 +200,7 @@ def displaced_loss(
     forward: Callable[[], Tensor],
     displaced_forward: Callable[[], AbstractContextManager[None]],
     displaced_backward: Callable[[], AbstractContextManager[None]],
+    devices: set[torch.device],
     guard: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Tensor:
     """The loss at displaced parameters, with its gradient there, of one forward pass.
@@ -210,12 +211,13 @@ def displaced_loss(
         forward: forward pass; returns the loss, scalar.
         displaced_forward: makes the context in which it runs.
         displaced_backward: makes that of the backward pass, which reads parameters again: at the same values.
-        guard: as for :func:`sharpness_aware_loss`.
+        devices, guard: as for :func:`sharpness_aware_loss`.
 
     Returns:
         The loss, to be used as any loss, once.
     """
-    with guard(), closing_contexts(), displaced_forward():
+    unchanged = ThreadState.capture(devices)  # but for autocast's cache, which may hold casts of other values
+    with guard(), closing_contexts(), displaced_forward(), unchanged.replayed():
         loss = forward()
 
     def backward(grad_output: Tensor) -> None:

@@ -14,7 +14,7 @@ from deltasam_plugin.batch.momentum import MomentumDisplacement, MomentumOf
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
-from deltasam_plugin.errors import listing
+from deltasam_plugin.errors import Refused, listing
 from deltasam_plugin.instance import InstanceEngine, InstancePerturbation
 from deltasam_plugin.loss import Objective, Perturbation, Statistics, displaced_loss, sharpness_aware_loss
 from deltasam_plugin.settings import Settings
@@ -31,6 +31,7 @@ def chosen_parameters(
 
     Raises:
         ValueError: it chooses none, or not all of those that forward passes rewrite.
+        Refused: a chosen one is complex.
     """
     chosen = {name: parameter for name, parameter in parameters.items() if settings.chooses(name)}
     rule = f"Invalid parameters={settings.parameters!r} (--sam-parameters)"
@@ -41,6 +42,12 @@ def chosen_parameters(
             f"{rule}: not found in {listing(rewritten)}, which quantization noise rewrites in every forward pass. "
             "Choose these parameters too, or leave quantization noise out."
         )
+    for name, item in chosen.items():
+        if item.parameter.is_complex():
+            raise Refused(
+                f"{name} is {item.parameter.dtype}. Must be real: keep it as view_as_real, or choose others by "
+                "parameters= (--sam-parameters)."
+            )
     return chosen
 
 
@@ -54,6 +61,7 @@ class Perturbations:
         workers: those that share one perturbation; by default this one alone.
         checks: those of the run, if it goes on with other parameters; by default a run begins.
         momentum: the base optimizer's momentum of a parameter; None where there is none yet.
+        loss_scaler: whether dynamic loss scaling skips updates that overflow.
     """
 
     def __init__(
@@ -65,14 +73,16 @@ class Perturbations:
         workers: Workers = NO_SYNC,
         checks: Checks | None = None,
         momentum: MomentumOf = lambda parameter: None,
+        loss_scaler: bool = False,
     ) -> None:
         self._settings = settings
+        self._loss_scaler = loss_scaler
         self._momentum = momentum
         self._parameters = list(parameters.values())
         self._leaves, self._held, self._workers = leaves, held, workers
         self.checks = Checks() if checks is None else checks
         self._engine: InstanceEngine | None = None
-        if settings.perturbation == "instance" and settings.radius > 0:
+        if settings.perturbs_samples:
             named = ((name, perturbed.parameter) for name, perturbed in parameters.items())
             self._engine = InstanceEngine(
                 named,  # type: ignore[arg-type]
@@ -111,7 +121,7 @@ class Perturbations:
         rho = self._settings.radius if rho is None else rho
         self.checks.next_batch()
         if self._engine is not None:
-            return InstancePerturbation(self._engine, self.checks, rho)
+            return InstancePerturbation(self._engine, self.checks, rho, self._loss_scaler)
         return BatchPerturbation(
             self._parameters,
             self._leaves,
@@ -122,6 +132,7 @@ class Perturbations:
             self._held,
             rho,
             self._momentum,
+            self._loss_scaler,
         )
 
     def loss(
@@ -145,5 +156,5 @@ class Perturbations:
         momenta = [self._momentum(parameter) for parameter in self._parameters]
         displacement = MomentumDisplacement(self._parameters, momenta, rho, self._settings.adaptive)
         return displaced_loss(
-            second, partial(displacement.forward, statistics), displacement.backward, guard
+            second, partial(displacement.forward, statistics), displacement.backward, self.devices, guard
         ), statistics

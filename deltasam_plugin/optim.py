@@ -14,8 +14,9 @@ from deltasam_plugin import schedule
 from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.checks import Checks
+from deltasam_plugin.closures import objective_of
 from deltasam_plugin.hooks import before_forward
-from deltasam_plugin.loss import Logits, Objective, Statistics
+from deltasam_plugin.loss import Objective, Statistics
 from deltasam_plugin.modes import Perturbations, chosen_parameters
 from deltasam_plugin.refusals import refuse_ignored, refuse_sharded
 from deltasam_plugin.replay import ThreadState, closing_contexts
@@ -133,6 +134,7 @@ class DeltaSAM(Optimizer):
     def _begin_run(self) -> None:
         self._checks = Checks()
         self._perturbations: Perturbations | None = None
+        self._momentum_checked = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -157,6 +159,7 @@ class DeltaSAM(Optimizer):
         """Load a state dict of the base optimizer, whether it trained under δ-SAM or alone."""
         self.base_optimizer.load_state_dict(state_dict)
         refuse_ignored(self.base_optimizer)
+        self._momentum_checked = False  # its options come with it
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
@@ -193,6 +196,7 @@ class DeltaSAM(Optimizer):
         Raises:
             ValueError: there is no closure, it did not return one loss per sample, the weighting needs logits that it
                 did not return, or no parameter is trainable.
+            Refused: the model or the parameters cannot be trained so; the message says why.
             Whatever the closure raises comes through, with the weights as they were.
         """
         if closure is None:
@@ -201,7 +205,7 @@ class DeltaSAM(Optimizer):
                 "returns the per-sample losses, e.g. lambda: F.cross_entropy(model(x), y, reduction='none')."
             )
 
-        def first() -> Objective:
+        def forward() -> Objective:
             with before_forward(self._refuse_static_graph):
                 objective = objective_of(closure())
             if self._gradients() != cleared:
@@ -217,17 +221,18 @@ class DeltaSAM(Optimizer):
         cleared = self._gradients()
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
+            rho = schedule.radius(self.settings, step, schedule.relative_lr(self.settings, group))
             if schedule.perturbs(self.settings, step):
-                rho = schedule.radius(self.settings, step, schedule.relative_lr(self.settings, group))
-                loss, self.statistics = perturbations.loss(first, lambda: objective_of(closure()).loss, step, rho)
+                loss, self.statistics = perturbations.loss(forward, lambda: forward().loss, step, rho)
             else:
-                loss, self.statistics = first().loss, None
+                loss, self.statistics = forward().loss, None
             with ThreadState.capture(perturbations.devices).without_autocast().replayed():  # it is for forward passes
                 loss.backward()
         self.base_optimizer.step()
-        if step == 0 and self.settings.ascent != "gradient":
+        if self.settings.ascent != "gradient" and not self._momentum_checked:
             stepped = (p for each in self.param_groups for p in each["params"] if p.grad is not None)
             check_momentum((self.state.get(p, {}) for p in stepped), self.settings.ascent)
+            self._momentum_checked = True
         group[STEP] = step + 1
         return loss.detach()
 
@@ -277,32 +282,3 @@ class DeltaSAM(Optimizer):
                     name = f"parameter {len(named)}" if names is None else names[i]
                     named[name if name not in named else f"{name} ({len(named)})"] = parameter
         return named
-
-
-def objective_of(returned: Any) -> Objective:
-    """The mean loss, and what else a closure returned: losses, or a tuple of losses, logits and what is counted.
-
-    Raises:
-        ValueError: the shapes do not fit; the message names value, rule and remedy.
-    """
-    losses, logits, counted = (*returned, None, None)[:3] if isinstance(returned, tuple) else (returned, None, None)
-    if not isinstance(losses, Tensor):
-        raise ValueError(
-            f"Invalid per-sample losses: the closure returned {losses!r}. Must be a tensor (B,), e.g. from a "
-            "loss function with reduction='none'."
-        )
-    factor = 1 / max(losses.numel(), 1)
-    if logits is None:
-        return Objective(losses.mean(), losses, factor=factor)
-    if not isinstance(logits, Tensor) or logits.dim() < 2 or logits.size(0) != losses.numel():
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else repr(logits)
-        raise ValueError(
-            f"Invalid logits: the closure returned {found} beside {losses.numel()} losses. Must be a tensor (B, …, V), "
-            "the predictions of each sample over V classes."
-        )
-    if counted is not None and (counted.shape != logits.shape[:-1] or counted.dtype != torch.bool):
-        raise ValueError(
-            f"Invalid counted: the closure returned {tuple(counted.shape)} of {counted.dtype} beside logits "
-            f"{tuple(logits.shape)}. Must be boolean {tuple(logits.shape[:-1])}, e.g. target != padding."
-        )
-    return Objective(losses.mean(), losses, logits=Logits.by_sample(logits.detach(), counted), factor=factor)

@@ -91,9 +91,9 @@ class Settings:
     def _check_names(self) -> None:
         choices = {"perturbation": PERTURBATIONS, "ascent": ASCENTS, "descent": DESCENTS, "rho_schedule": SCHEDULES}
         for name, allowed in choices.items():
-            if (value := getattr(self, name)) not in allowed:
+            if (value := getattr(self, name)) not in tuple(allowed):
                 raise ValueError(f"Unknown {name}={value!r} ({_flag(name)}). Choose one of: {', '.join(allowed)}.")
-        if self.weighting not in WEIGHTINGS:
+        if self.weighting not in tuple(WEIGHTINGS):
             raise ValueError(
                 f"Unknown weighting={self.weighting!r} (--sam-weighting). Choose one of: {', '.join(WEIGHTINGS)}; "
                 "or register one of your own, with @deltasam_plugin.weighting."
@@ -118,10 +118,13 @@ class Settings:
         for name, least in {"group": 1, "interval": 1, "warmup_updates": 0}.items():
             if not _integer(value := getattr(self, name), least):
                 raise ValueError(f"Invalid {name}={value!r} ({_flag(name)}). Must be an integer >= {least}.")
+        for name in ("sync", "adaptive"):
+            if not isinstance(value := getattr(self, name), bool | np.bool_):
+                raise ValueError(f"Invalid {name}={value!r} ({_flag(name)}). Must be True or False.")
         if self.parameters is not None:
             try:
                 re.compile(self.parameters)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"Invalid parameters={self.parameters!r} (--sam-parameters). Must be a regular expression that "
                     f"Python understands: {error}."
@@ -161,9 +164,14 @@ class Settings:
         return self.parameters is None or re.search(self.parameters, name) is not None
 
     @property
+    def perturbs_samples(self) -> bool:
+        """Whether every sample is perturbed by itself. At a radius of zero instance mode works as batch mode does."""
+        return self.perturbation == "instance" and self.radius > 0
+
+    @property
     def weighs(self) -> bool:
-        """Whether samples are weighted. At a radius of zero instance mode works as batch mode does."""
-        return self.ascent != "momentum" and (self.perturbation == "batch" or self.radius == 0)
+        """Whether samples are weighted."""
+        return self.ascent != "momentum" and not self.perturbs_samples
 
     @property
     def compares_logits(self) -> bool:
@@ -250,4 +258,5 @@ def _integer(value: object, least: int) -> bool:
 
 
 def _finite(value: object) -> bool:
-    return isinstance(value, int | float | np.floating | np.integer) and math.isfinite(value)
+    is_number = isinstance(value, int | float | np.floating | np.integer) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]

@@ -492,15 +492,19 @@ def test_a_half_precision_model_is_perturbed_through_its_masters(dtype, batches)
     assert same(values(model), before)
 
 
-@pytest.mark.parametrize(("dtype", "shown"), [(torch.float16, True), (torch.float32, False)], ids=str)
-def test_an_ascent_that_overflows_in_half_precision_is_shown_to_dynamic_loss_scaling(dtype, shown):
+@pytest.mark.parametrize(
+    ("dtype", "scaler", "shown"),
+    [(torch.float16, True, True), (torch.float16, False, False), (torch.float32, True, False)],
+    ids=str,
+)
+def test_an_ascent_that_overflows_in_half_precision_is_shown_to_dynamic_loss_scaling(dtype, scaler, shown):
     weight = nn.Parameter(torch.ones(2, dtype=dtype))
 
     def first():
         losses = weight * torch.finfo(dtype).max  # a loss scale of 2 is too much for its gradient
         return Objective(losses.mean(), losses)
 
-    perturbation = BatchPerturbation([PerturbedParameter(weight)], [weight], UNIFORM)
+    perturbation = BatchPerturbation([PerturbedParameter(weight)], [weight], UNIFORM, loss_scaler=scaler)
     loss, statistics = sharpness_aware_loss(first, weight.sum, perturbation, {torch.device("cpu")})
     (2 * loss).backward()
     assert statistics.skipped == 1

@@ -86,7 +86,7 @@ def sam_step(rho):
         params = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
         state, before = torch.get_rng_state(), [p.detach().clone() for p in params]
         loss = closure()
-        gradients = torch.autograd.grad(loss.sum(), params)
+        gradients = torch.autograd.grad(loss.mean(), params)
         norm = global_norm(gradients)  # torch's own rounds differently
         for p, g in zip(params, gradients):
             p.data.add_(g * (torch.full_like(norm, rho) / norm))
@@ -529,9 +529,9 @@ def test_kl_without_logits_is_refused():
 @pytest.mark.parametrize(
     ("logits", "counted", "message"),
     [
-        ([1.0], None, r"Invalid logits: the closure returned \[1\.0\] beside 6 losses\. Must be a tensor \(B, …, V\)"),
-        (torch.ones(6), None, r"Invalid logits: the closure returned \(6,\) beside 6 losses\."),
-        (torch.ones(5, 3), None, r"Invalid logits: the closure returned \(5, 3\) beside 6 losses\."),
+        ([1.0], None, r"Invalid logits: the closure returned a list beside 6 losses\. Must be a tensor \(B, …, V\)"),
+        (torch.ones(6), None, r"Invalid logits: the closure returned \(6,\) of torch\.float32 beside 6 losses\."),
+        (torch.ones(5, 3), None, r"Invalid logits: the closure returned \(5, 3\) of torch\.float32 beside 6 losses\."),
         (
             torch.ones(6, 2, 3),
             torch.ones(6, 3).bool(),

@@ -80,7 +80,6 @@ def backward_along(
     descend: Descend,
     weight: float,
     at_w: Mapping[Tensor, Tensor | None],
-    factor: float,
     scale: Tensor,
     loss: Tensor,
 ) -> None:
@@ -92,18 +91,19 @@ def backward_along(
     Args:
         descend: a function of ``DESCENTS``.
         weight: for it.
-        at_w: all leaves that the loss may depend on, with the gradients of the summed losses at w; None counts as no
-            change.
-        factor: from the sum to the loss.
+        at_w: all leaves that the loss may depend on, with its gradients at w; None counts as no change.
         scale: factor on the loss, the same as at w.
         loss: of the second forward pass, scalar.
     """
     leaves = [leaf for leaf in at_w if leaf.requires_grad]
     found = torch.autograd.grad(loss, leaves, scale.to(loss.dtype), allow_unused=True)
-    reached = {leaf: dense(gradient) for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None}
-    change = []
-    for leaf, gradient in reached.items():
+    reached = {leaf: gradient for leaf, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    gradients, change = [dense(gradient) for gradient in reached.values()], []
+    for leaf, gradient in zip(reached, gradients, strict=True):
         before = at_w[leaf]
-        change.append(torch.zeros_like(gradient) if before is None else gradient - factor * dense(before))
-    handed = descend([*reached.values()], change, weight)
-    torch.autograd.backward([*reached], [g.to(leaf.dtype) for leaf, g in zip(reached, handed, strict=True)])
+        change.append(torch.zeros_like(gradient) if before is None else gradient - dense(before))
+    handed = [
+        g.to(leaf.dtype).sparse_mask(like.coalesce()) if like.is_sparse else g.to(leaf.dtype)
+        for (leaf, like), g in zip(reached.items(), descend(gradients, change, weight), strict=True)
+    ]
+    torch.autograd.backward([*reached], handed)

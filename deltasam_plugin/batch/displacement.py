@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -182,7 +182,8 @@ def displaced_lots(
         value = flattened(more.pop()) if more else original  # the master
         taken = draw(value) if draw else joined(given)
         # Not addcmul: it rounds an element by where it is in its tensor.
-        if on_cpu and len(lot) == 1 and targets[0].is_contiguous() and value.dtype == original.dtype:
+        in_place = on_cpu and len(lot) == 1 and targets[0].is_contiguous()
+        if in_place and value.dtype == taken.dtype == original.dtype:  # in half precision it would round twice
             moved = torch.mul(taken, factor, out=targets[0].data.view(-1)).add_(value)
         else:
             moved = (taken * factor).add_(value).to(original.dtype)
@@ -226,6 +227,10 @@ class Ascent:
     skipped: Tensor
     overflowed: Tensor
 
+    def to(self, device: torch.device) -> Ascent:
+        """The same on the device of the loss: layers may be on several."""
+        return Ascent(*(getattr(self, item.name).to(device) for item in fields(self)))
+
 
 @contextmanager
 def ascended(
@@ -263,6 +268,8 @@ def ascended(
         usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny) & torch.isfinite(step)
         _stretch(gradients, scales)
         moves = displaced_lots(parameters, originals, gradients, torch.where(usable, step, 0))
-        moved = norm_of_norms([tensor_norm(at_least_float32(now) - at_least_float32(old)) for now, old in moves])
+        moved = norm_of_norms(
+            [tensor_norm(at_least_float32(now) - at_least_float32(old)) for now, old in moves if now.numel()]
+        )
         gradients.clear()
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

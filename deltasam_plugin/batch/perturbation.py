@@ -61,6 +61,7 @@ class BatchPerturbation:
         held: further parameters of the optimizer.
         rho: radius, by default that of the settings.
         momentum: the base optimizer's momentum of a parameter; None where there is none yet.
+        loss_scaler: whether dynamic loss scaling skips updates that overflow.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class BatchPerturbation:
         held: Sequence[Tensor] = (),
         rho: float | None = None,
         momentum: MomentumOf = lambda parameter: None,
+        loss_scaler: bool = False,
     ) -> None:
         self._momentum = momentum
+        self._loss_scaler = loss_scaler
         self._rho = settings.radius if rho is None else rho
         self._parameters = parameters
         self._held = held
@@ -115,15 +118,19 @@ class BatchPerturbation:
             uniform = 1 / all_weights.numel()
             if self._checks is not None and probed is not None and all_weights.numel() > 1:
                 self._checks.lost((lost >= 1) & (scale != 0))
-            at_w, factor = self._gradients_at_w(objective, own_weights / uniform, scale), objective.factor
+            at_w = self._gradients_at_w(objective, own_weights / uniform, scale)
+            unit = (
+                at_least_float32(scale).abs() * objective.factor / uniform
+            )  # in units of the weighted losses' gradient
             del objective  # frees what is left of the first graph
-            gradients, second_backward = self._direction(at_w), self._second_backward(at_w, factor)
+            gradients, second_backward = self._direction(at_w), self._second_backward(at_w)
             del at_w  # frees what is not needed twice
             budget = self._settings.loss_budget
-            rise = None if budget is None else budget * scale.abs() / uniform
+            rise = None if budget is None else budget * unit
             adaptive = self._settings.adaptive
-            with ascended(self._parameters, gradients, self._rho, rewritten, rise, adaptive) as ascent:
-                norm = ascent.gradient_norm * uniform / scale.abs()
+            with ascended(self._parameters, gradients, self._rho, rewritten, rise, adaptive) as found:
+                ascent = found.to(scale.device)
+                norm = ascent.gradient_norm / unit
                 statistics.fill(
                     ess=effective_sample_size(all_weights),
                     weight_max=all_weights.amax() / uniform,
@@ -133,7 +140,8 @@ class BatchPerturbation:
                     probes_failed=failed,
                     probes_lost=lost,
                 )
-                scale = torch.where(ascent.overflowed, torch.inf, scale) if rounding.dtype == torch.float16 else scale
+                if self._loss_scaler and rounding.dtype == torch.float16:
+                    scale = torch.where(ascent.overflowed, torch.inf, scale)
                 yield partial(second_backward, scale)
 
         return objective.loss.detach(), ascend
@@ -186,7 +194,8 @@ class BatchPerturbation:
         """The gradient of the reweighted loss, by leaf, with weights relative to uniform ones.
 
         Uniform weights are exactly 1 there, and give SAM bit for bit. If workers add up their gradients, each counts
-        by its number of samples. The gradient carries the loss scale; without it, half precision would underflow.
+        by its number of samples. The gradient carries the loss scale and the loss's factor: in half precision it
+        overflows and underflows where the loss's own does.
         """
         with torch.enable_grad():
             losses = at_least_float32(objective.losses)
@@ -197,7 +206,7 @@ class BatchPerturbation:
         if leaves is None:
             leaves = [*(p.parameter for p in self._parameters), *self._held, *leaves_of(ascended_loss)]
         with stashed_gradients(leaves):
-            ascended_loss.backward(scale.to(ascended_loss.dtype))
+            ascended_loss.backward((scale * objective.factor).to(ascended_loss.dtype))
             return {leaf: leaf.grad for leaf in leaves}
 
     def _direction(self, at_w: Mapping[Tensor, Tensor | None]) -> list[Tensor | None]:
@@ -207,12 +216,12 @@ class BatchPerturbation:
             return gradient_noise(gradients, [self._momentum(p) for p in self._parameters])
         return gradients
 
-    def _second_backward(self, at_w: Mapping[Tensor, Tensor | None], factor: float) -> Callable[[Tensor, Tensor], None]:
-        """The backward pass at the perturbed weights, from a scale and a loss. The factor turns a sum into the loss."""
+    def _second_backward(self, at_w: Mapping[Tensor, Tensor | None]) -> Callable[[Tensor, Tensor], None]:
+        """The backward pass at the perturbed weights, from a scale and a loss."""
         descent, weight = DESCENTS[self._settings.descent], self._settings.descent_weight
         if weight is None or self._rho == 0:  # both gradients are equal, up to the order of sums
             return plain_backward
-        return partial(backward_along, descent.function, weight, at_w, factor)
+        return partial(backward_along, descent.function, weight, at_w)
 
 
 def check_logits(objective: Objective, weighting: Weighting) -> None:

@@ -44,7 +44,7 @@ class Weighting:
 WEIGHTINGS: dict[str, Weighting] = {}
 
 
-def weighting(name: str, measures: str | None) -> Callable[[Weigh], Weigh]:
+def weighting(name: str, measures: str) -> Callable[[Weigh], Weigh]:
     r"""Register a weighting under a name of ``--sam-weighting``.
 
     The function is called as ``function(magnitudes, probes)``. The magnitude :math:`m_i` of a sample is the root mean
@@ -58,8 +58,7 @@ def weighting(name: str, measures: str | None) -> Callable[[Weigh], Weigh]:
 
             - ``second_difference``: :math:`\ell_i(w+\sigma u) + \ell_i(w-\sigma u) - 2\ell_i(w)`, two forward passes;
             - ``first_difference``: :math:`\ell_i(w+\sigma z) - \ell_i(w)`, one forward pass;
-            - ``logit_change``: how far the predicted distributions move, one forward pass;
-            - None: nothing. The magnitudes are all 1.
+            - ``logit_change``: how far the predicted distributions move, one forward pass.
 
     Raises:
         ValueError: the name is taken, or nothing is measured under that name.
@@ -73,11 +72,11 @@ def weighting(name: str, measures: str | None) -> Callable[[Weigh], Weigh]:
         raise ValueError(
             f"There is a weighting {name!r} already, in {WEIGHTINGS[name].weigh.__module__}. Choose another name."
         )
-    if measures is not None and measures not in MEASURES:
+    if measures not in MEASURES:
         raise ValueError(f"Unknown measures={measures!r} of weighting {name!r}. Choose one of: {', '.join(MEASURES)}.")
 
     def register(function: Weigh) -> Weigh:
-        WEIGHTINGS[name] = Weighting(name, None if measures is None else MEASURES[measures], function)
+        WEIGHTINGS[name] = Weighting(name, MEASURES[measures], function)
         return function
 
     return register
@@ -141,13 +140,15 @@ def normalized(magnitudes: Tensor, probes: int) -> Tensor:
     return (probes * squares + squares.mean()).rsqrt()
 
 
-@weighting("uniform", measures=None)
 def uniform(magnitudes: Tensor, probes: int) -> Tensor:
     """Equal weights: plain SAM.
 
     Reference: Foret et al. Sharpness-Aware Minimization for Efficiently Improving Generalization. ICLR 2021.
     """
     return torch.ones_like(magnitudes)
+
+
+WEIGHTINGS["uniform"] = Weighting("uniform", None, uniform)
 
 
 def uniform_weights(count: int, device: torch.device | None = None) -> Tensor:

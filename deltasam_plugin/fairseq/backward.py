@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,18 +48,19 @@ class BackwardPasses:
             self._ready = True
             raise
 
-    def follow(self, loss: Tensor, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    def follow(self, loss: Tensor, named_parameters: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
         """Follow the backward pass of a sharpness-aware loss, and all gradients in updates 1, 2, 4, 8 and so on.
 
         Args:
             loss: the loss itself.
-            parameters: by name.
+            named_parameters: asked for only in these updates.
         """
+        self._inside = False  # a backward pass that failed has not said so
         node: Any = loss.grad_fn
         node.register_prehook(self._begin)
         node.register_hook(self._end)
         if is_power_of_two(self._updates + 1):
-            for name, parameter in parameters:
+            for name, parameter in named_parameters():
                 if parameter.requires_grad and id(parameter) not in self._hooks:
                     hook = parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrive(name))
                     self._hooks[id(parameter)] = hook

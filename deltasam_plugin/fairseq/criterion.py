@@ -84,7 +84,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
 
         # A criterion's own layers run twice in the first pass: for its loss and for the per-sample losses. Samples are
         # perturbed in the latter, so the second pass must repeat both.
-        layered = optimizer.settings.perturbation == "instance" and any(p.requires_grad for p in self.parameters())
+        layered = optimizer.settings.perturbs_samples and any(p.requires_grad for p in self.parameters())
 
         def second() -> Tensor:
             if layered:
@@ -96,7 +96,7 @@ class SharpnessAwareCriterion(FairseqCriterion):
         with optimizer.backward_passes.forward_pass():
             perturbations, errors = optimizer.perturbations(inner, self), partial(one_message, (Refused,))
             loss, statistics = perturbations.loss(first, second, 0, rho, errors)
-        optimizer.backward_passes.follow(loss, named_parameters(inner, self))
+        optimizer.backward_passes.follow(loss, partial(named_parameters, inner, self))
         sample_size, logging_output = results[0]
         logging_output.update(log_entries(statistics, optimizer.settings, rho, sample_size))
         return loss, sample_size, logging_output

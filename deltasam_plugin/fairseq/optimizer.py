@@ -158,6 +158,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 workers=self.workers,
                 checks=checks,
                 momentum=lambda item: own._momentum(item),
+                loss_scaler=True,  # of --fp16 and --amp
             )
             self._perturbations[modules] = parameters, perturbations
         return perturbations

@@ -48,7 +48,7 @@ def constant_scalars(settings: Settings) -> set[str]:
     of_probes = set() if settings.weighs and WEIGHTINGS[settings.weighting].measure is not None else OF_PROBES
     if settings.ascent == "momentum":
         return of_probes | {"ascent_gnorm_std", "sharpness"}
-    return of_probes | (set() if settings.perturbation == "instance" and settings.radius > 0 else {"ascent_gnorm_std"})
+    return of_probes | (set() if settings.perturbs_samples else {"ascent_gnorm_std"})
 
 
 def log_entries(statistics: Statistics, settings: Settings, rho: float, size: Any) -> dict[str, Any]:

@@ -25,10 +25,18 @@ class InstancePerturbation:
         engine: of the model, kept from batch to batch.
         checks: of the run; by default none are made.
         rho: radius, by default the engine's.
+        loss_scaler: whether dynamic loss scaling skips updates that overflow.
     """
 
-    def __init__(self, engine: InstanceEngine, checks: Checks | None = None, rho: float | None = None) -> None:
+    def __init__(
+        self,
+        engine: InstanceEngine,
+        checks: Checks | None = None,
+        rho: float | None = None,
+        loss_scaler: bool = False,
+    ) -> None:
         self._engine = engine
+        self._loss_scaler = loss_scaler
         self._rho = engine.rho if rho is None else rho
         self._checks = checks
 
@@ -78,7 +86,8 @@ class InstancePerturbation:
             )
             overflowed = ~torch.isfinite(norms).all()
             with solution.perturbed():
-                scale = torch.where(overflowed, torch.inf, scale) if torch.float16 in dtypes else scale
+                if self._loss_scaler and torch.float16 in dtypes:
+                    scale = torch.where(overflowed, torch.inf, scale)
                 yield partial(plain_backward, scale)
 
         return objective.loss.detach(), ascend

@@ -348,3 +348,15 @@ def test_a_subnormal_gradient_moves_by_rho_or_not_at_all():
     weight = parameter([0.0, 0.0])
     with ascended([PerturbedParameter(weight)], [torch.full((2,), 2.0**-149)], 0.05) as ascent:
         assert ascent.skipped or norm_of([weight.detach()]) == pytest.approx(0.05, rel=1e-6)
+
+
+@pytest.mark.parametrize("neighbours", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once_whatever_is_beside_it(dtype, neighbours):
+    generator = torch.Generator().manual_seed(0)
+    value, gradient = (torch.randn(1000, generator=generator).to(dtype) for _ in range(2))
+    exact = (value.double() + gradient.double() / gradient.double().norm()).to(dtype)
+    parameters = [parameter(value, dtype), *(parameter(torch.zeros(1), dtype) for _ in range(neighbours))]
+    gradients = [gradient, *(torch.zeros(1, dtype=dtype) for _ in range(neighbours))]
+    with ascended([PerturbedParameter(p) for p in parameters], gradients, 1.0):
+        assert torch.equal(parameters[0], exact)

@@ -246,7 +246,7 @@ def test_a_weighting_of_one_s_own_gets_magnitudes_of_mean_one_and_the_number_of_
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_weights_that_cannot_be_ones_make_the_batch_uniform(registry, value):
-    weighting("mine", measures=None)(lambda magnitudes, probes: torch.tensor([value, 2.0]).double())
+    weighting("mine", measures="first_difference")(lambda magnitudes, probes: torch.tensor([value, 2.0]).double())
     assert sample_weights(registry["mine"], torch.ones(1, 2), torch.zeros(())).tolist() == [0.5, 0.5]
 
 
@@ -254,10 +254,10 @@ def test_misuse_of_the_registry_is_refused(registry):
     with pytest.raises(
         ValueError, match=r"There is a weighting 'kl' already, in deltasam_plugin\.batch\.weighting\. Cho"
     ):
-        weighting("kl", measures=None)
+        weighting("kl", measures="first_difference")
     with pytest.raises(ValueError, match=r"Unknown measures='hessian' of weighting 'mine'\. Choose one of: second_d"):
         weighting("mine", measures="hessian")
-    weighting("mine", measures=None)(lambda magnitudes, probes: magnitudes.sum())
+    weighting("mine", measures="first_difference")(lambda magnitudes, probes: magnitudes.sum())
     with pytest.raises(ValueError, match=r"Weighting 'mine' returned weights of shape \(\)\. Must be \(2,\), one for"):
         sample_weights(registry["mine"], torch.ones(1, 2), torch.zeros(()))
 

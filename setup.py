@@ -18,7 +18,7 @@ TENSORBOARD = ["tensorboard>=2.14"]  # fairseq's --tensorboard-logdir writes thr
 
 EXAMPLES = [*TENSORBOARD, "sentencepiece>=0.1.99", "sacrebleu>=2.3", "tokenizers>=0.20", "safetensors>=0.4.3"]
 
-REPORT = [*TENSORBOARD, "matplotlib>=3.8", "jinja2>=3"]
+REPORT = [*TENSORBOARD, "matplotlib>=3.8", "jinja2>=3", "tqdm>=4"]
 
 TEST = [
     *EXAMPLES,

@@ -135,6 +135,8 @@ def summary(rows: Sequence[Row]) -> str:
     ]
     for case, own in found.items():
         adam = [row for row in own if row.method == "adam"]
+        if len(adam) < 2:
+            continue
         levels = [_shown(interval([getattr(row, name) for row in adam]), digits) for name, digits in scores.items()]
         lines.append((case_title(*case), "adam", "", levels[0], "", "", *levels[1:]))
         for method, (_, _, p_value) in gains(own, "adam").items():

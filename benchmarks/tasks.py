@@ -75,7 +75,7 @@ class Task:
 
     title: str
     work: Path
-    options: str
+    options: Sequence[str]
     score: str
     criterion: str
     updates: int
@@ -95,7 +95,7 @@ class Task:
         """
         updates = self.updates * length
         own = f"{options} --total-num-update {updates} --max-update {updates} --seed {seed}"
-        return [str(self.data(noise)), *f"{self.options} --log-format json {own}".split()]
+        return [str(self.data(noise)), *self.options, "--log-format", "json", *own.split()]
 
     @contextmanager
     def trained(self, command: Sequence[str]) -> Iterator[Trained]:
@@ -193,7 +193,7 @@ TASKS = {
     "sentiment": Task(
         title="sentiment from scratch",
         work=sentiment.WORK / "accuracy",
-        options=f"{sentiment.SHARED} {BY_ACCURACY}",
+        options=[*sentiment.SHARED, *BY_ACCURACY.split()],
         score="accuracy, %",
         criterion="sentence_prediction",
         updates=1060,  # 4 epochs
@@ -205,7 +205,7 @@ TASKS = {
     "finetune": Task(
         title="sentiment fine-tuned on 500 sentences",
         work=finetune.WORK / "accuracy",
-        options=f"{finetune.SHARED} --validate-interval 1 {BY_ACCURACY}",
+        options=[*finetune.SHARED, "--validate-interval", "1", *BY_ACCURACY.split()],
         score="accuracy, %",
         criterion="sentence_prediction",
         updates=155,  # 5 epochs
@@ -217,7 +217,7 @@ TASKS = {
     "translation": Task(
         title="translation from German",
         work=translation.WORK / "accuracy",
-        options=f"--user-dir {translation.PLUGIN} {translation.SHARED} --best-checkpoint-metric nll_loss",
+        options=[*translation.SHARED, "--best-checkpoint-metric", "nll_loss"],
         score="BLEU",
         criterion=translation.BASE,
         updates=1000,

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for mode in MODES:
             try:
                 with one_line_for("fairseq-train fails on this command"):
-                    found[mode] = measure(trainer, optimizer, mode, sorted(given.grid), samples[: given.batches])
+                    found[mode] = measure(trainer, optimizer, mode, sorted(set(given.grid)), samples[: given.batches])
             except (InvalidValue, Unsupported) as error:
                 print(f"{mode} is left out. {first_sentence(error)}.", file=sys.stderr)
         if not found:

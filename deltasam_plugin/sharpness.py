@@ -20,7 +20,7 @@ from fairseq import utils
 
 from deltasam_plugin.tools import sharpness_plot
 from deltasam_plugin.tools.checkpoints import load
-from deltasam_plugin.tools.console import Parser, console, count, labels, one_line_for, radius, table
+from deltasam_plugin.tools.console import BadInput, Parser, console, count, labels, one_line_for, radius, table
 from deltasam_plugin.tools.profile import Profile, measure
 
 PROGRAM = "deltasam-sharpness"
@@ -65,15 +65,21 @@ def measure_all(given: Namespace) -> list[Profile]:
     with one_line_for(f"Cannot import {given.user_dir} (--user-dir)"):
         utils.import_user_module(given)
     profiles: list[Profile] = []
-    limits = None
+    limits = seed = None
+    same: list[list[int]] = []
     for path, label in zip(given.path, labels(given.path)):
-        checkpoint = load(path, given.data, given.cpu)
+        checkpoint = load(path, given.data, given.cpu, seed)
         if limits is None:
-            trained = checkpoint.config.dataset
+            trained, seed = checkpoint.config.dataset, checkpoint.config.common.seed
             limits = (None, given.batch_size) if given.batch_size else (trained.max_tokens, trained.batch_size)
         dataset, batches = checkpoint.batches(given.gen_subset, *limits)
         step = max(1, len(batches) / given.max_batches)
         chosen = [batches[int(i * step)] for i in range(min(len(batches), given.max_batches))]
+        if (same := same or chosen) != chosen:
+            raise BadInput(
+                f"{path} (--path) takes other samples of {given.gen_subset} than {given.path[0]}: their sharpness "
+                "cannot be compared. Measure it alone."
+            )
         profiles.append(measure(checkpoint, label, dataset, chosen, given.radii, given.directions))
     return profiles
 

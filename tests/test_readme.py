@@ -201,7 +201,7 @@ def test_the_path_of_a_new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prepare, "WORK", tmp_path)
     monkeypatch.setattr(prepare, "DATA", tmp_path / "data-bin")
     prepare.main()
-    options = f"{tmp_path / 'data-bin'} {shlex.join(SHARED.split())} --max-update 3 --log-interval 1"
+    options = f"{tmp_path / 'data-bin'} {shlex.join(SHARED)} --max-update 3 --log-interval 1"
     command = block("path").replace("DATA …", options).replace("find_rho", "find_rho --updates 3 --batches 2")
     suggestion, _, page = shell(command, tmp_path).partition("This is a suggestion, not a promise.\n")
     assert re.search(r"^batch: --sam-perturbation batch --sam-rho [\d.]+ to [\d.]+$", suggestion, re.MULTILINE)

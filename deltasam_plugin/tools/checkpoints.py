@@ -106,20 +106,21 @@ class Checkpoint:
         return dataset, batches
 
 
-def load(path: Path, data: str, cpu: bool = False) -> Checkpoint:
+def load(path: Path, data: str, cpu: bool = False, seed: int | None = None) -> Checkpoint:
     """Load a checkpoint. The file is only read.
 
     Args:
         path: of the file.
         data: the folder of the data, in place of the one in the checkpoint.
         cpu: use no GPU, even if there is one.
+        seed: of the order of the data, of masks and the like, in place of the one in the checkpoint.
 
     Raises:
         BadInput: it is no checkpoint, its data is not there, or its criterion gives no per-sample losses.
     """
     if not path.is_file():
         raise BadInput(f"No such file: {path} (--path).")
-    overrides = {"data": data}
+    overrides = {"data": data} if seed is None else {"data": data, "seed": seed}
     with one_line_for(f"{path} (--path) is no whole checkpoint of fairseq"):
         state = checkpoint_utils.load_checkpoint_to_cpu(str(path), overrides)
         _check_components(state["cfg"], path)

@@ -37,9 +37,11 @@ def sharpness_aware(command: Sequence[str]) -> list[str]:
     if os.path.basename(name) != PROGRAM or not given:
         raise BadInput(f"No {PROGRAM} command after --. Give the whole command: -- {PROGRAM} DATA --arch …")
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--optimizer")
     parser.add_argument("--criterion", default="cross_entropy")
     known, _ = parser.parse_known_args(given)
+    if known.optimizer is None:
+        raise BadInput(f"{PROGRAM}: give --optimizer. It has no default.")
     for part in ("optimizer", "criterion"):
         base = getattr(known, part)
         if base != NAME:
@@ -102,7 +104,8 @@ def _updates(trainer: Trainer, epoch: Any) -> Iterator[list[Any]]:
         frequencies = cfg.optimization.update_freq
         frequency = frequencies[min(epoch.epoch, len(frequencies)) - 1]
         trainer.begin_epoch(epoch.epoch)
-        yield from iterators.GroupedIterator(batches, frequency)
+        remainder = cfg.optimization.skip_remainder_batch
+        yield from iterators.GroupedIterator(batches, frequency, skip_remainder_batch=remainder)
         trainer.lr_step(epoch.epoch)
         sharded = trainer.task.has_sharded_data("train")
         epoch = trainer.get_train_iterator(epoch.next_epoch_idx, load_dataset=sharded)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +57,12 @@ class Run:
     scalars: Mapping[str, Mapping[str, Curve]]
     torn: list[Path]
 
+    def at_end(self, name: str) -> Curve:
+        """A scalar of that part of the training log which ends later. An epoch may end between two log intervals."""
+        ends = {part: self.scalars[part]["loss"].updates[-1] for part in (TRAIN, EPOCHS)
+                if "loss" in self.scalars.get(part, {})}  # fmt: skip
+        return self.scalars[max(ends, key=lambda part: ends[part])].get(name, Curve()) if ends else Curve()
+
     def training(self, name: str) -> Curve:
         """A scalar of the training log, at its finest."""
         return self.scalars.get(TRAIN, {}).get(name) or self.scalars.get(EPOCHS, {}).get(name) or Curve()
@@ -89,14 +97,19 @@ def read_run(path: Path) -> Run:
 
 
 def _curves(folder: Path) -> dict[str, Curve]:
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})
-    events.Reload()
-    found = {}
-    for name in events.Tags()[SCALARS]:
-        latest = {event.step: event.value for event in events.Scalars(name)}  # a resumed run repeats some
-        steps = sorted(latest)
-        found[name] = Curve(steps, [latest[step] for step in steps])
-    return found
+    """Each process writes a file. Where a later one starts, what earlier ones wrote from there on is void."""
+    found: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for file in sorted(folder.glob(EVENTS)):
+        events = EventAccumulator(str(file), size_guidance={SCALARS: 0})
+        events.Reload()
+        own = {name: {event.step: event.value for event in events.Scalars(name)} for name in events.Tags()[SCALARS]}
+        start = min((step for values in own.values() for step in values), default=math.inf)
+        for name in [*found]:
+            found[name] = {step: value for step, value in found[name].items() if step < start}
+        for name, values in own.items():
+            found[name].update(values)
+    return {name: Curve(sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()
+            if values}  # fmt: skip
 
 
 def _is_torn(file: Path) -> bool:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 from fairseq import utils
@@ -71,11 +71,11 @@ def measure(
     Raises:
         Unsupported, InvalidValue: this mode does not do for the command.
     """
+    given = optimizer.settings
     trainer.cfg.optimizer.sam_perturbation = mode
     with one_message():
         refuse_unsupported(trainer.cfg)
-        group = optimizer.settings.group if mode == "instance" else 1
-        optimizer.change(perturbation=mode, group=group, **ALWAYS)
+        optimizer.change(perturbation=mode, group=given.group if mode == "instance" else 1, **ALWAYS)
     settings = optimizer.settings
     rises, changes = dict.fromkeys(grid, 0.0), dict.fromkeys(grid, 0.0)
     loss = size = 0.0
@@ -89,6 +89,7 @@ def measure(
             found = _run(trainer, sample)
             rises[rho] += found.rise
             changes[rho] += _relative_change(plain.gradient, found.gradient) / len(batches)
+    optimizer.settings = given  # the next mode may have options that this one has not
     unit = size * math.log(2)
     points = [Point(rho, rises[rho] / loss, (loss + rises[rho]) / unit, changes[rho]) for rho in grid]
     return [Point(0, 0, loss / unit, 0), *points]
@@ -127,10 +128,19 @@ def suggestion(points: Sequence[Point], mode: str) -> str:
         points: from :func:`measure`.
         mode: ``batch`` or ``instance``.
     """
-    first, last = points[1], points[-1]
-    low, high = (radius_at(points, target) for target in RELATIVE_SHARPNESS)
-    if first.relative > RELATIVE_SHARPNESS[1]:
+    first = points[1]
+    if not math.isfinite(points[0].loss):
+        return f"{mode}: the loss is not finite at ρ = 0 already. Measure after fewer updates (--updates)."
+    finite = list(takewhile(lambda point: math.isfinite(point.relative), points))
+    last = finite[-1]
+    low, high = (radius_at(finite, target) for target in RELATIVE_SHARPNESS)
+    if first.relative > RELATIVE_SHARPNESS[1] or last.rho == 0:
         return f"{mode}: every ρ of the grid is too large. Try smaller ones than {first.rho:g} (--grid)."
+    if low is None and len(finite) < len(points):
+        return (
+            f"{mode}: {last.rho:g} is too small, and at {points[len(finite)].rho:g} the loss is not finite. Try values "
+            "between (--grid)."
+        )
     if low is None:
         return f"{mode}: every ρ of the grid is too small. Try larger ones than {last.rho:g} (--grid)."
     return f"{mode}: --sam-perturbation {mode} --sam-rho {low:.2g} to {last.rho if high is None else high:.2g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any
@@ -31,22 +32,29 @@ COLUMNS = (
 
 def cells(run: Run) -> list[str]:
     """The row of a run: values at its end, and the best of its validations."""
-    loss, sharpness = run.training("loss"), run.training("sam_sharpness")
-    valid, accuracy, speed = run.validation("loss"), run.validation("accuracy"), run.training("ups")
+    loss, sharpness = run.at_end("loss"), run.at_end("sam_sharpness")
+    valid, accuracy = run.validation("loss"), run.validation("accuracy")
     return [
         str(loss.updates[-1]) if loss.updates else "",
         _number(loss.last),
         _number(valid.last),
-        _number(min(valid.values, default=None)),
+        _number(min(filter(math.isfinite, valid.values), default=None)),
         _number(accuracy.last, 1),
-        _number(max(accuracy.values, default=None), 1),
+        _number(max(filter(math.isfinite, accuracy.values), default=None), 1),
         _number(sharpness.last),
         _number(sharpness.over(loss).last),
-        _number(run.training("sam_ess").last),
-        _number(run.training("gnorm").last),
-        _number(run.training("sam_eps_norm").last, 4),
-        _number(1 / median(speed.values) if any(speed.values) else None),
+        _number(run.at_end("sam_ess").last),
+        _number(run.at_end("gnorm").last),
+        _number(run.at_end("sam_eps_norm").last, 4),
+        _number(_seconds(run)),
     ]
+
+
+def _seconds(run: Run) -> float | None:
+    """Of an update, from words per update and per second: fairseq rounds updates per second to two decimals."""
+    by_words = run.training("wpb").over(run.training("wps")).values
+    by_updates = [1 / value for value in run.training("ups").values if value > 0]
+    return median(by_words or by_updates) if by_words or by_updates else None
 
 
 def page(runs: Sequence[Run], labels: Sequence[str], panels: Iterable[Panel]) -> str:

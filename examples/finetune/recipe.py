@@ -11,11 +11,11 @@ WORK = HERE / "work"
 DATA = WORK / "data-bin"
 MODEL = WORK / "minilm.pt"  # the pretrained model
 
-SHARED = f"""
-    --user-dir {USER_DIR} --cpu --seed 1 --num-workers 0
+OPTIONS = """
+    --cpu --seed 1 --num-workers 0
     --task sentence_prediction --num-classes 2 --classification-head-name sentiment
     --init-token 0 --separator-token 2
-    --arch minilm --finetune-from-model {MODEL}
+    --arch minilm
     --dropout 0.1 --attention-dropout 0.1 --pooler-dropout 0.1
     --adam-betas (0.9,0.98) --weight-decay 0.01 --clip-norm 1.0 --batch-size 16
     --lr 1e-4 --lr-scheduler polynomial_decay --warmup-updates 31 --total-num-update 155 --max-update 155
@@ -23,5 +23,6 @@ SHARED = f"""
     --no-epoch-checkpoints --log-format simple --log-interval 8
 """
 
-COMMANDS = {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()}
+SHARED = ["--user-dir", str(USER_DIR), "--finetune-from-model", str(MODEL), *OPTIONS.split()]
+COMMANDS = {run: [str(DATA), *SHARED, *own.split()] for run, own in OPTIMIZERS.items()}
 EXPERIMENT = Experiment(WORK, COMMANDS, timing_rounds=3)

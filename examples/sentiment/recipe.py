@@ -10,8 +10,8 @@ PLUGIN = HERE.parents[1] / "deltasam_plugin"  # what --user-dir names
 WORK = HERE / "work"
 DATA = WORK / "data-bin"
 
-SHARED = f"""
-    --user-dir {PLUGIN} --cpu --seed 1 --num-workers 0
+OPTIONS = """
+    --cpu --seed 1 --num-workers 0
     --task sentence_prediction --num-classes 2 --classification-head-name sentiment
     --init-token 0 --separator-token 2 --max-positions 128
     --arch roberta --encoder-layers 2 --encoder-embed-dim 128 --encoder-ffn-embed-dim 512 --encoder-attention-heads 4
@@ -21,4 +21,5 @@ SHARED = f"""
     --no-epoch-checkpoints --log-format simple --log-interval 20
 """
 
-EXPERIMENT = Experiment(WORK, {run: [str(DATA), *SHARED.split(), *own.split()] for run, own in OPTIMIZERS.items()})
+SHARED = ["--user-dir", str(PLUGIN), *OPTIONS.split()]
+EXPERIMENT = Experiment(WORK, {run: [str(DATA), *SHARED, *own.split()] for run, own in OPTIMIZERS.items()})

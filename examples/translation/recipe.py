@@ -11,7 +11,7 @@ DATA = WORK / "data-bin"
 
 UPDATES = 6000
 
-SHARED = f"""
+OPTIONS = f"""
     --cpu --seed 1 --num-workers 0
     --task translation --source-lang source --target-lang target
     --arch transformer --encoder-layers 3 --decoder-layers 3 --share-all-embeddings
@@ -32,5 +32,5 @@ OPTIMIZERS = {
     "delta_sam": f"{DELTA_SAM} --sam-weighting curvature",
 }
 
-COMMON = [str(DATA), "--user-dir", str(PLUGIN), *SHARED.split()]
-EXPERIMENT = Experiment(WORK, {run: [*COMMON, *own.split()] for run, own in OPTIMIZERS.items()})
+SHARED = ["--user-dir", str(PLUGIN), *OPTIONS.split()]
+EXPERIMENT = Experiment(WORK, {run: [str(DATA), *SHARED, *own.split()] for run, own in OPTIMIZERS.items()})

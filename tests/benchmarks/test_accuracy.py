@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +20,7 @@ from scipy import stats
 
 from benchmarks import accuracy
 from benchmarks.accuracy import FEWER, METHODS, TUNING_SEED, Slice, wanted
-from benchmarks.study import Row, best_value, differences, holm, interval, tables
+from benchmarks.study import Row, best_value, differences, holm, interval, summary, tables
 from benchmarks.tasks import LAST, TASKS, Task
 from examples.common.reviews import flipped
 from examples.translation import evaluate
@@ -125,6 +128,40 @@ def test_tables_show_what_was_not_for_tuning() -> None:
     (line,) = (line for line in text.splitlines() if line.startswith("| sam"))
     assert "79.0 ± 2.9" in line  # 73 + 1.5 · 4, and 2.776 · 1.5 · 1.581 / √5
     assert "+5.0 ± 1.0 (p < 0.001)" in line
+
+
+def test_the_summary_shows_gains_over_adam_with_the_same_seeds() -> None:
+    rows = [row("adam", seed, None, 70 + seed) for seed in SEEDS]
+    rows += [row("sam", seed, 0.1, 73 + 1.5 * seed) for seed in SEEDS]
+    rows += [row("sam", seed, 0.1, 73, noise=0.0) for seed in SEEDS]  # without Adam there is no gain
+    _, _, adam, sam = summary(rows).splitlines()
+    assert [cell.strip() for cell in adam.strip("|").split("|")][1:5] == ["adam", "", "74.0 ± 2.0", ""]
+    shown = [cell.strip() for cell in sam.strip("|").split("|")]
+    assert shown[1:6] == ["sam", "0.1", "+5.0 ± 1.0", "< 0.001", "< 0.001"]
+
+
+def test_a_clone_in_a_folder_with_a_space(tmp_path: Path) -> None:
+    """Every path is one word of a command."""
+    root = Path(__file__).parents[2]
+    for folder in ("examples", "benchmarks"):
+        shutil.copytree(root / folder, tmp_path / "my clone" / folder, ignore=shutil.ignore_patterns("work"))
+    (tmp_path / "my clone" / "deltasam_plugin").symlink_to(root / "deltasam_plugin")
+    program = """
+import json
+from benchmarks.tasks import TASKS
+from examples import finetune, sentiment, translation
+from examples.finetune.recipe import EXPERIMENT as a
+from examples.sentiment.recipe import EXPERIMENT as b
+from examples.translation.recipe import EXPERIMENT as c
+print(json.dumps([*(words for e in (a, b, c) for words in e.commands.values()), *(t.options for t in TASKS.values())]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path / "my clone", capture_output=True, text=True, check=True
+    )
+    commands = json.loads(done.stdout.splitlines()[-1])
+    assert len(commands) == 3 + 4 + 4 + 3
+    for command in commands:
+        assert Path(command[command.index("--user-dir") + 1]).is_dir()
 
 
 def test_the_figure_shows_what_was_not_for_tuning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

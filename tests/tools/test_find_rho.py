@@ -186,7 +186,40 @@ def test_suggestions() -> None:
     inside = (least + greatest) / 2
     assert suggestion(points(inside, math.inf), "batch").endswith(f"--sam-rho {0.1 * least / inside:.2g} to 0.1")
     assert suggestion(points(-0.1, inside), "batch").startswith("batch: --sam-perturbation batch --sam-rho 0.1")
-    assert suggestion(points(math.nan, math.nan), "batch").startswith("batch: every ρ of the grid is too small")
+    for lost in (math.nan, math.inf):
+        assert suggestion(points(lost, lost), "batch") == (
+            "batch: every ρ of the grid is too large. Try smaller ones than 0.1 (--grid)."
+        )
+        assert suggestion(points(least / 2, lost), "batch") == (
+            "batch: 0.1 is too small, and at 0.2 the loss is not finite. Try values between (--grid)."
+        )
+        ends = suggestion(points(inside, lost, lost), "batch")
+        assert ends.endswith(f"--sam-rho {0.1 * least / inside:.2g} to 0.1")
+    assert "not finite at ρ = 0" in suggestion([Point(0, 0, math.nan, 0), *points(inside)[1:]], "batch")
+
+
+def test_groups_of_samples_are_measured_as_the_command_has_them(
+    translation_data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch mode knows no groups, and is measured first."""
+    command = arguments(translation_data, *TRANSLATION, *delta(), *INSTANCE, "--sam-group", 4, "--user-dir", USER_DIR)
+    found = []
+    for modes in (("batch", "instance"), ("instance",)):
+        monkeypatch.setattr(find_rho, "MODES", modes)
+        find_rho.main(command)
+        found.append([row[-3:] for row in cells(capsys.readouterr().out)])
+    assert found[0] == found[1]
+
+
+def test_a_radius_that_is_given_twice_is_measured_once(
+    translation_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for grid in ([0.02, 0.02, 0.2], [0.02, 0.2]):
+        own = ["--updates", 3, "--batches", 1, "--grid", *grid]
+        find_rho.main(arguments(translation_data, *TRANSLATION, *base(), own=own))
+        found.append(cells(capsys.readouterr().out))
+    assert found[0] == found[1]
 
 
 COMMANDS: dict[str, tuple[list[object], str]] = {
@@ -195,6 +228,7 @@ COMMANDS: dict[str, tuple[list[object], str]] = {
     "another program": (["--", "python", "train.py"], "No fairseq-train command after --."),
     "hydra": (["--", "fairseq-hydra-train", "--config-dir", "x"], "Commands of fairseq-hydra-train are not read here."),
     "no data": (["--", "fairseq-train", "nowhere", *SHARED, *TRANSLATION, *base()], "fairseq-train cannot run this"),
+    "no optimizer": (["--", "fairseq-train", "DATA", *SHARED, *TRANSLATION], "fairseq-train: give --optimizer."),
     "unknown option": (
         ["--", "fairseq-train", "DATA", *SHARED, *TRANSLATION, *base(), "--drop-out", 1],
         "fairseq-train: unrecognized arguments: --drop-out 1",

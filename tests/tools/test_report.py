@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 import shutil
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from deltasam_plugin import report
 from deltasam_plugin.fairseq.scalars import MEANINGS
 from deltasam_plugin.tools.events import EVENTS, Curve, read_run
 from deltasam_plugin.tools.report_figures import PANELS, averaged, styles
-from deltasam_plugin.tools.report_page import COLUMNS
+from deltasam_plugin.tools.report_page import COLUMNS, cells
 from tests.helpers.runs import INSTANCE, SENTENCES, base, delta, fairseq_train
 
 RUNS: dict[str, list[object]] = {
@@ -126,6 +129,46 @@ def test_runs_of_the_same_name_are_told_apart(logs: dict[str, Path], tmp_path: P
     make(tmp_path / "a" / "run", tmp_path / "b" / "run", "--output", tmp_path / "page.html")
     rows = table((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert [row["run"] for row in rows] == ["a", "b"]
+
+
+def write(folder: Path, steps: Iterable[int], **scalars: Callable[[int], float]) -> None:
+    """What one process writes."""
+    time.sleep(1.1)  # files are told apart by the second
+    writer = SummaryWriter(str(folder))
+    for step in steps:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value(step), step)
+    writer.close()
+
+
+def test_where_a_later_process_starts_an_earlier_one_is_void(tmp_path: Path) -> None:
+    """A run that is begun anew in the same folder, and one that is resumed with another log interval."""
+    for name, steps in {"anew": range(10, 60, 10), "resumed": range(45, 80, 5)}.items():
+        write(tmp_path / name / "train_inner", range(10, 110, 10), loss=lambda step: 9.0)
+        write(tmp_path / name / "train_inner", steps, loss=lambda step: 1.0)
+    anew, resumed = (read_run(tmp_path / name).training("loss") for name in ("anew", "resumed"))
+    assert (anew.updates, set(anew.values)) == ([10, 20, 30, 40, 50], {1.0})
+    assert resumed.updates == [10, 20, 30, 40, *range(45, 80, 5)]
+    assert resumed.values == [9.0] * 4 + [1.0] * 7
+
+
+def test_seconds_of_slow_updates(tmp_path: Path) -> None:
+    """fairseq logs updates per second with two decimals."""
+    for seconds in (27, 210):
+        logged = {"ups": round(1 / seconds, 2), "wps": round(4096 / seconds, 1), "wpb": 4096.0, "loss": 1.0}
+        values = {name: (lambda step, value=value: value) for name, value in logged.items()}
+        write(tmp_path / str(seconds) / "train_inner", (10, 20, 30), **values)
+        (shown,) = (cell for cell, head in zip(cells(read_run(tmp_path / str(seconds))), COLUMNS) if head == "s/update")
+        assert float(shown) == pytest.approx(seconds, rel=0.01)
+
+
+def test_values_at_the_end_are_those_of_the_last_epoch_if_it_ends_later(tmp_path: Path) -> None:
+    write(tmp_path / "train_inner", (100,), loss=lambda step: 0.9)
+    write(tmp_path / "train", (31, 155), loss=lambda step: step / 1000)
+    write(tmp_path / "valid", (31, 155), loss=lambda step: math.nan if step == 31 else 2.0)
+    shown = dict(zip(COLUMNS, cells(read_run(tmp_path))))
+    assert (shown["updates"], shown["training loss"]) == ("155", "0.155")
+    assert cells(read_run(tmp_path))[2:4] == ["2.000", "2.000"]  # a NaN is not the best
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from deltasam_plugin import sharpness
 from deltasam_plugin.tools.checkpoints import load
 from deltasam_plugin.tools.profile import SEED, half_share, measure
-from tests.helpers.runs import TRANSLATION, base, delta, fairseq_train, run
+from tests.helpers.runs import SENTENCES, TRANSLATION, base, delta, fairseq_train, run
 
 RADII = (0.02, 0.1)
 LSTM: list[object] = ["--task", "translation", "--arch", "lstm", "--encoder-hidden-size", 16]
@@ -146,6 +146,24 @@ def test_batches_are_spread_over_the_data(
         losses.append(rows(output)[1][2])
         assert f"{min(6 * most, 24)} samples of valid" in output
     assert losses[0] != losses[1] == losses[2]
+
+
+def test_checkpoints_of_different_seeds_are_measured_on_the_same_samples(
+    sentence_data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The seed of a run shuffles the sentences of this task."""
+    own = ["--classification-head-name", "head", "--num-classes", 2, "--seed", 3]
+    data = sentence_data["class"]
+    fairseq_train(data, tmp_path / "one", *SENTENCES, *base("sentence_prediction"), *own, updates=3)
+    state = torch.load(tmp_path / "one" / "checkpoint_last.pt", weights_only=False)
+    for part in ("common", "task"):
+        state["cfg"][part]["seed"] = 4
+    torch.save(state, tmp_path / "other.pt")
+    paths = [tmp_path / "one" / "checkpoint_last.pt", tmp_path / "other.pt"]
+    options = ["--batch-size", 4, "--max-batches", 2, "--radii", 0.05, "--cpu"]
+    sharpness.main([str(word) for word in [data, "--path", *paths, *options]])
+    _, first, second = rows(capsys.readouterr().out)
+    assert first[2:] == second[2:]
 
 
 @given(st.lists(st.floats(-1, 5), min_size=1, max_size=30))

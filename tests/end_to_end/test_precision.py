@@ -150,7 +150,8 @@ def test_overflow_shows_in_the_gradient(where: str) -> None:
         losses = (inputs @ weight).square().float() * next(scales)
         return Objective(losses.sum(), losses)
 
-    perturbation = BatchPerturbation([PerturbedParameter(weight, master)], [weight], Settings(0.05, "uniform"))
+    settings = Settings(0.05, "uniform")
+    perturbation = BatchPerturbation([PerturbedParameter(weight, master)], [weight], settings, loss_scaler=True)
     devices = {weight.device}
     loss, statistics = sharpness_aware_loss(forward, lambda: forward().loss, perturbation, devices)
     (loss * 16).backward()

@@ -203,6 +203,7 @@ def test_the_path_of_a_new_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     prepare.main()
     options = f"{tmp_path / 'data-bin'} {shlex.join(SHARED)} --max-update 3 --log-interval 1"
     command = block("path").replace("DATA …", options).replace("find_rho", "find_rho --updates 3 --batches 2")
+    command = command.replace("--user-dir deltasam_plugin", f"--user-dir {ROOT / 'deltasam_plugin'}")
     suggestion, _, page = shell(command, tmp_path).partition("This is a suggestion, not a promise.\n")
     assert re.search(r"^batch: --sam-perturbation batch --sam-rho [\d.]+ to [\d.]+$", suggestion, re.MULTILINE)
     assert page.endswith("page.html: 2 runs\n")

@@ -117,25 +117,14 @@ def summary(rows: Sequence[Row]) -> str:
     P-values are corrected for the comparisons with Adam in the same task, and for all in the table.
     """
     found = cases(rows)
-    raw = {(case, name): _paired(own, name, "adam")[2] for case, own in found.items() for name in gains(own, "adam")}
+    raw = {(case, name): p for case, own in found.items() for name, (_, _, p) in _all_paired(own, "adam").items()}
     corrected = dict(zip(raw, holm(list(raw.values()))))
     scores = {"test_last": 1, "test_best": 1, "test_loss_last": 3, "test_loss_best": 3}  # and their digits
-    lines = [
-        (
-            "task",
-            "training",
-            "its parameter",
-            "last epoch",
-            "p",
-            "p, all",
-            "best epoch",
-            "loss, last epoch",
-            "loss, best epoch",
-        )
-    ]
+    lines = [("task", "training", "its parameter", "last epoch", "p", "p, all", "best epoch",
+              "loss, last epoch", "loss, best epoch")]  # fmt: skip
     for case, own in found.items():
         adam = [row for row in own if row.method == "adam"]
-        if len(adam) < 2:
+        if not adam:
             continue
         levels = [_shown(interval([getattr(row, name) for row in adam]), digits) for name, digits in scores.items()]
         lines.append((case_title(*case), "adam", "", levels[0], "", "", *levels[1:]))
@@ -189,10 +178,15 @@ def _table(rows: Sequence[Row]) -> str:
 
 def gains(rows: Sequence[Row], reference: str) -> dict[str, tuple[float, float, float]]:
     """Of each method: mean difference to the reference, half its interval, p-value corrected for their number."""
-    names = dict.fromkeys(row.method for row in rows)
-    paired = {name: found for name in names if (found := _paired(rows, name, reference))}
+    paired = _all_paired(rows, reference)
     corrected = holm([p_value for _, _, p_value in paired.values()])
     return {name: (centre, half, p) for (name, (centre, half, _)), p in zip(paired.items(), corrected)}
+
+
+def _all_paired(rows: Sequence[Row], reference: str) -> dict[str, tuple[float, float, float]]:
+    """What :func:`_paired` gives for each method, where it gives anything."""
+    names = dict.fromkeys(row.method for row in rows)
+    return {name: found for name in names if (found := _paired(rows, name, reference))}
 
 
 def _paired(rows: Sequence[Row], name: str, other: str) -> tuple[float, float, float] | tuple[()]:

@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             while len(samples) < given.batches:
                 samples = [*samples, *next(updates)]
         found: dict[str, list[Point]] = {}
+        settings = optimizer.settings
         for mode in MODES:
+            optimizer.settings = settings  # the mode before lacks some, and may have failed
             try:
                 with one_line_for("fairseq-train fails on this command"):
                     found[mode] = measure(trainer, optimizer, mode, sorted(set(given.grid)), samples[: given.batches])

@@ -65,8 +65,7 @@ def measure_all(given: Namespace) -> list[Profile]:
     with one_line_for(f"Cannot import {given.user_dir} (--user-dir)"):
         utils.import_user_module(given)
     profiles: list[Profile] = []
-    limits = seed = None
-    same: list[list[int]] = []
+    limits = seed = first = None
     for path, label in zip(given.path, labels(given.path)):
         checkpoint = load(path, given.data, given.cpu, seed)
         if limits is None:
@@ -75,7 +74,8 @@ def measure_all(given: Namespace) -> list[Profile]:
         dataset, batches = checkpoint.batches(given.gen_subset, *limits)
         step = max(1, len(batches) / given.max_batches)
         chosen = [batches[int(i * step)] for i in range(min(len(batches), given.max_batches))]
-        if (same := same or chosen) != chosen:
+        first = chosen if first is None else first
+        if chosen != first:
             raise BadInput(
                 f"{path} (--path) takes other samples of {given.gen_subset} than {given.path[0]}: their sharpness "
                 "cannot be compared. Measure it alone."

@@ -102,8 +102,6 @@ def backward_along(
     for leaf, gradient in zip(reached, gradients, strict=True):
         before = at_w[leaf]
         change.append(torch.zeros_like(gradient) if before is None else gradient - dense(before))
-    handed = [
-        g.to(leaf.dtype).sparse_mask(like.coalesce()) if like.is_sparse else g.to(leaf.dtype)
-        for (leaf, like), g in zip(reached.items(), descend(gradients, change, weight), strict=True)
-    ]
+    handed = [g.to(leaf.dtype) for leaf, g in zip(reached, descend(gradients, change, weight), strict=True)]
+    handed = [g.sparse_mask(f.coalesce()) if f.is_sparse else g for f, g in zip(reached.values(), handed, strict=True)]
     torch.autograd.backward([*reached], handed)

@@ -268,8 +268,6 @@ def ascended(
         usable = torch.isfinite(norm) & (norm >= torch.finfo(norm.dtype).tiny) & torch.isfinite(step)
         _stretch(gradients, scales)
         moves = displaced_lots(parameters, originals, gradients, torch.where(usable, step, 0))
-        moved = norm_of_norms(
-            [tensor_norm(at_least_float32(now) - at_least_float32(old)) for now, old in moves if now.numel()]
-        )
+        moved = norm_of_norms([tensor_norm(at_least_float32(now) - at_least_float32(old)) for now, old in moves])
         gradients.clear()
         yield Ascent(torch.where(usable, norm, 0), moved, (~usable).to(norm.dtype), ~torch.isfinite(norm))

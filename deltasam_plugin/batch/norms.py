@@ -43,6 +43,8 @@ def tensor_norm(tensor: Tensor) -> Tensor:
     must be factored out; a GPU is not, because asking is waiting.
     """
     value = dense(tensor)
+    if not value.numel():
+        return value.new_zeros(())
     if value.device.type == "cpu" and 1e-12 < float(norm := _unscaled_norm(value)) < 1e18:
         return norm
     peak = value.abs().amax()

@@ -119,9 +119,7 @@ class BatchPerturbation:
             if self._checks is not None and probed is not None and all_weights.numel() > 1:
                 self._checks.lost((lost >= 1) & (scale != 0))
             at_w = self._gradients_at_w(objective, own_weights / uniform, scale)
-            unit = (
-                at_least_float32(scale).abs() * objective.factor / uniform
-            )  # in units of the weighted losses' gradient
+            unit = at_least_float32(scale).abs() * objective.factor / uniform  # of these gradients
             del objective  # frees what is left of the first graph
             gradients, second_backward = self._direction(at_w), self._second_backward(at_w)
             del at_w  # frees what is not needed twice

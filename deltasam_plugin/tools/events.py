@@ -59,9 +59,8 @@ class Run:
 
     def at_end(self, name: str) -> Curve:
         """A scalar of that part of the training log which ends later. An epoch may end between two log intervals."""
-        ends = {part: self.scalars[part]["loss"].updates[-1] for part in (TRAIN, EPOCHS)
-                if "loss" in self.scalars.get(part, {})}  # fmt: skip
-        return self.scalars[max(ends, key=lambda part: ends[part])].get(name, Curve()) if ends else Curve()
+        parts = [self.scalars[part] for part in (TRAIN, EPOCHS) if "loss" in self.scalars.get(part, {})]
+        return max(parts, key=lambda part: part["loss"].updates[-1]).get(name, Curve()) if parts else Curve()
 
     def training(self, name: str) -> Curve:
         """A scalar of the training log, at its finest."""
@@ -108,8 +107,8 @@ def _curves(folder: Path) -> dict[str, Curve]:
             found[name] = {step: value for step, value in found[name].items() if step < start}
         for name, values in own.items():
             found[name].update(values)
-    return {name: Curve(sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()
-            if values}  # fmt: skip
+    ordered = {name: dict(sorted(values.items())) for name, values in found.items() if values}
+    return {name: Curve([*values], [*values.values()]) for name, values in ordered.items()}
 
 
 def _is_torn(file: Path) -> bool:

@@ -71,11 +71,11 @@ def measure(
     Raises:
         Unsupported, InvalidValue: this mode does not do for the command.
     """
-    given = optimizer.settings
     trainer.cfg.optimizer.sam_perturbation = mode
     with one_message():
         refuse_unsupported(trainer.cfg)
-        optimizer.change(perturbation=mode, group=given.group if mode == "instance" else 1, **ALWAYS)
+        group = optimizer.settings.group if mode == "instance" else 1
+        optimizer.change(perturbation=mode, group=group, **ALWAYS)
     settings = optimizer.settings
     rises, changes = dict.fromkeys(grid, 0.0), dict.fromkeys(grid, 0.0)
     loss = size = 0.0
@@ -89,7 +89,6 @@ def measure(
             found = _run(trainer, sample)
             rises[rho] += found.rise
             changes[rho] += _relative_change(plain.gradient, found.gradient) / len(batches)
-    optimizer.settings = given  # the next mode may have options that this one has not
     unit = size * math.log(2)
     points = [Point(rho, rises[rho] / loss, (loss + rises[rho]) / unit, changes[rho]) for rho in grid]
     return [Point(0, 0, loss / unit, 0), *points]

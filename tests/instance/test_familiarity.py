@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from deltasam_plugin.instance import InstanceEngine
 from deltasam_plugin.instance.engine import ALWAYS_CHECKED
 from deltasam_plugin.instance.familiarity import Familiarity
 from tests.helpers.rehearsal import Rehearsal, moved
-from tests.helpers.tagger import WORDS, Step, Tagger, inside, summed
+from tests.helpers.tagger import WIDTH, WORDS, Step, Tagger, inside, summed
 from tests.helpers.verdict import Comparison, Verdict
 
 LAST = ALWAYS_CHECKED + 3  # no check is due in this batch
@@ -53,17 +53,25 @@ def test_a_contrastive_term_that_starts_late(zero: str) -> None:
     assert "samples" in verdict.detail
 
 
-@pytest.mark.parametrize("how", ["index", "index_select", "gather", "time first"])
+ORDERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "index": lambda x, order: x[order],
+    "index_select": lambda x, order: x.index_select(0, order),
+    "gather": lambda x, order: x.gather(0, order.view(-1, 1, 1).expand_as(x)),
+    "time first": lambda x, order: x.transpose(0, 1)[:, order].transpose(0, 1),
+    "numbers": lambda x, order: torch.stack([x[i] for i in order.tolist()]),
+    "numbers, of the second dimension": lambda x, order: torch.stack([x.transpose(0, 1)[:, i] for i in order.tolist()]),
+    "slices": lambda x, order: torch.cat([x[i : i + 1] for i in order.tolist()]),
+    "unbind": lambda x, order: torch.stack([x.unbind()[i] for i in order.tolist()]),
+    "split": lambda x, order: torch.cat([x.split(1)[i] for i in order.tolist()]),
+    "split once": lambda x, order: torch.cat(list(map(x.split(1).__getitem__, order.tolist()))),
+    "split, work in between": lambda x, order: torch.stack([2 * x.split(1)[i].squeeze(0) for i in order.tolist()]),
+}
+
+
+@pytest.mark.parametrize("how", ORDERED)
 def test_sentences_sorted_by_length_that_come_unsorted_late(how: str) -> None:
     """fairseq's loader sorts them already."""
-    model = Tagger()
-
-    def ordered(x: Tensor, order: Tensor) -> Tensor:
-        if how == "time first":
-            return x.transpose(0, 1)[:, order].transpose(0, 1)
-        if how == "gather":
-            return x.gather(0, order.view(-1, 1, 1).expand_as(x))
-        return x[order] if how == "index" else x.index_select(0, order)
+    model, ordered = Tagger(), ORDERED[how]
 
     def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
         order = lengths.argsort(descending=True, stable=True)
@@ -71,6 +79,72 @@ def test_sentences_sorted_by_length_that_come_unsorted_late(how: str) -> None:
         return model.classified(ordered(x, order.argsort()).sum(1), tokens)
 
     assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind == "exact"
+
+
+@pytest.mark.parametrize("late", [[2, 3, 4], [3, 4, 2]])
+def test_sentences_encoded_one_by_one_from_the_longest_on(late: list[int]) -> None:
+    """Each in calls of its own."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True).tolist()
+        encoded = {i: model.layers(model.words(tokens[i])).sum(0) for i in order}
+        return model.classified(torch.stack([encoded[i] for i in range(len(order))]), tokens)
+
+    assert run(model, losses, [4, 3, 2], late).kind == "exact"
+
+
+def kept(x: Tensor) -> Tensor:
+    """With memory of its own, so that no further operation tells where the rows came from."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def permuted(x: Tensor, late: bool) -> Tensor:
+    return kept(x.permute((0, 1, 2) if late else (1, 0, 2)))
+
+
+def viewed(x: Tensor, late: bool) -> Tensor:
+    """From (B·T, C) to the same in another order."""
+    return kept(x.view(4 if late else 3, -1, x.shape[-1]).transpose(0, 1)).view(-1, x.shape[-1])
+
+
+MOVED: dict[str, tuple[Callable[[Tensor, bool], Tensor], Callable[[Tensor, bool], Tensor]]] = {
+    "permute": (permuted, lambda x, late: permuted(x.view((3, 4, WIDTH) if late else (4, 3, WIDTH)), late)),
+    "view": (
+        lambda x, late: viewed(x.view(-1, WIDTH), late),
+        lambda x, late: x[viewed(torch.arange(12).unsqueeze(1), late).flatten().argsort()],
+    ),
+    "flip": (lambda x, late: x.flip(0 if late else 1), lambda x, late: x.view(3, 4, WIDTH).flip(0 if late else 1)),
+    "roll": (lambda x, late: x.roll(int(late), 0), lambda x, late: x.view(3, 4, WIDTH).roll(-int(late), 0)),
+    "repeat": (
+        lambda x, late: x.repeat((1, 2, 1) if late else (2, 1, 1)),
+        lambda x, late: x.view((3, 2, 4, WIDTH) if late else (2, 3, 4, WIDTH)).sum(1 if late else 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_rows_that_the_same_operations_move_another_way_late(how: str) -> None:
+    """Their arguments alone tell it."""
+    model, (there, back) = Tagger(), MOVED[how]
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = there(model.words(tokens), number == LAST)
+        x = model.norm(torch.tanh(model.hidden(x.reshape(-1, WIDTH))))
+        return model.classified(back(x, number == LAST).reshape(3, 4, WIDTH).sum(1), tokens)
+
+    assert run(model, losses, [4, 4, 4], [4, 4, 4]).kind == "exact"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_softmax_over_the_samples_that_comes_late(late: int) -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = model.layers(model.words(tokens)).softmax(late if number == LAST else 1)
+        return model.classified(x.sum(1), tokens)
+
+    assert run(model, losses, [4, 4, 4], [4, 4, 4]).kind == ("exact" if late else "refused")
 
 
 @pytest.mark.parametrize("by", ["index", "split", "slices"])

@@ -1,0 +1,103 @@
+"""What a graph tells of rows that are taken one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltasam_plugin.instance.operations import Graph, indices, pieces
+
+B = 3
+Taken = Callable[[Tensor, int], Tensor]  # (B, 4, 2) and the number of a sample to its rows
+TAKEN: dict[str, Taken] = {
+    "index": lambda x, i: x[i],
+    "slice": lambda x, i: x[i : i + 1],
+    "narrow": lambda x, i: x.narrow(0, i, 1),
+    "unbind": lambda x, i: x.unbind()[i],
+    "split": lambda x, i: x.split(1)[i],
+    "chunk": lambda x, i: x.chunk(B)[i],
+    "tensor_split": lambda x, i: x.tensor_split(B)[i],
+    "of a tensor made anew": lambda x, i: (2 * x)[i],
+    "of a view": lambda x, i: x.transpose(0, 1)[:, i],
+    "of a piece": lambda x, i: x.unbind(1)[0][i],
+}
+
+
+def graph(order: Sequence[int], taken: Taken) -> Graph:
+    """That of losses (B,), each the sum of some rows."""
+    x = torch.randn(B, 4, 2, requires_grad=True).tanh()
+    return Graph.of(torch.stack([taken(x, i).sum() for i in order]))
+
+
+def in_turn(order: Sequence[int], taken: Taken) -> tuple[bool, ...]:
+    """Whether rows are taken from first to last, and whether from last to first."""
+    kept = {each.kept[1:] for each in pieces(graph(order, taken))} - {(True, True)}  # a single piece is both
+    assert len(kept) == 1
+    return kept.pop()
+
+
+@pytest.mark.parametrize("how", TAKEN)
+def test_samples_taken_in_turn_or_not(how: str) -> None:
+    forward, backward, mixed = (in_turn(order, TAKEN[how]) for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]))
+    assert sorted(forward) == sorted(backward) == [False, True]
+    assert forward != backward
+    assert mixed == (False, False)
+
+
+@pytest.mark.parametrize("words", [[0, 1, 2], [1, 2, 0]])
+def test_pieces_of_pieces_have_an_order_of_their_own(words: list[int]) -> None:
+    """Words of sentences: all of the first sentence, then all of the second."""
+    found = pieces(graph([0, 1, 2], lambda x, i: torch.stack([x[i][word] for word in words])))
+    mixed = [order for order in found if order.kept[1:] == (False, False)]
+    assert len(found) == 2
+    assert len(mixed) == (words != sorted(words))
+
+
+def test_a_single_row_is_in_every_order() -> None:
+    assert [order.kept for order in pieces(graph([1], TAKEN["index"]))] == [(True, True, True)]
+
+
+def test_an_operation_that_writes_a_piece_takes_none_out_of_turn() -> None:
+    """It has two inputs."""
+    x = torch.randn(B, 4, requires_grad=True)
+    losses = torch.stack([x.select_scatter(x[i], 0, 0).sum() for i in range(B)])
+    assert all(sorted(order.kept[1:]) != [False, False] for order in pieces(Graph.of(losses)))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: x.sum(0), lambda x: x.sum(1)),
+        (lambda x: x.softmax(0)[0], lambda x: x.softmax(1)[0]),
+        (lambda x: x.permute(0, 1)[0], lambda x: x.permute(1, 0)[0]),
+        (lambda x: x.transpose(0, 1)[0], lambda x: x.transpose(1, 1)[0]),
+        (lambda x: x.flip(0)[0], lambda x: x.flip(1)[0]),
+        (lambda x: x.roll(0, 0)[0], lambda x: x.roll(1, 0)[0]),
+        (lambda x: x.repeat(2, 1)[0], lambda x: x.repeat(1, 2)[0, :3]),
+        (lambda x: x.view(3, 3)[0], lambda x: x.view(9)[:3]),
+    ],
+)
+def test_dimensions_belong_to_an_operation(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 3, requires_grad=True)
+    found = [{operation[0] for _, operation in Graph.of(f(x)).nodes} for f in (one, one, other)]
+    assert found[0] == found[1] != found[2]
+
+
+def test_sizes_do_not_belong_to_an_operation() -> None:
+    """Every batch has others."""
+
+    def operations(batch: int, length: int) -> set[tuple[str, ...]]:
+        x = torch.randn(batch, length, 2, requires_grad=True)
+        x = x.repeat(batch, 1, 1).roll(length, 0).view(-1, 2).view(batch, -1, 2)
+        return {operation for _, operation in Graph.of(x[:, : length - 1].sum((1, 2))).nodes}
+
+    assert operations(3, 4) == operations(5, 7)
+
+
+def test_indices_say_whether_samples_stay_in_order() -> None:
+    x = torch.randn(B, 4, requires_grad=True)
+    for order, kept in (([0, 1, 2], (True, True)), ([2, 0, 1], (False, False))):
+        assert [each.kept for each in indices(Graph.of(x[torch.tensor(order)].sum(1)))()] == [kept]

@@ -35,8 +35,9 @@ from scipy import optimize, stats
 from torch import Tensor
 
 from benchmarks.study import ALPHA, append, holm, interval
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.probing import probe
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS, sample_weights, uniform_weights
 from deltasam_plugin.fairseq.criterions.registry import LOGITS
 from deltasam_plugin.loss import Objective

@@ -37,10 +37,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import deltasam_plugin  # noqa: F401  (registers, and lets torch load fairseq's checkpoints)
-from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, restored
+from deltasam_plugin.batch.displacement import Drawn, displace
 from deltasam_plugin.batch.measures import rounding_floor
 from deltasam_plugin.batch.norms import global_norm
 from deltasam_plugin.batch.probing import probe, standard_normal
+from deltasam_plugin.batch.restoration import PerturbedParameter, restored
 from deltasam_plugin.batch.weighting import WEIGHTINGS, effective_sample_size, root_mean_square, sample_weights
 from deltasam_plugin.fairseq.base_options import NAME
 from deltasam_plugin.fairseq.criterion import OPTIONS

@@ -1,13 +1,54 @@
-"""What a closure of :class:`~deltasam_plugin.DeltaSAM` may return."""
+"""What a closure of :class:`~deltasam_plugin.DeltaSAM` may do, and what it may return."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from deltasam_plugin.hooks import before_forward
 from deltasam_plugin.loss import Logits, Objective, check_losses
+
+
+def checked(closure: Callable[[], Any], parameters: Sequence[Tensor], instance: bool) -> Callable[[], Objective]:
+    """A closure as a forward pass that finds out what it must not do.
+
+    Args:
+        closure: see :meth:`deltasam_plugin.DeltaSAM.step`.
+        parameters: of the optimizer. Their gradients have just been cleared.
+        instance: whether it is run in instance mode.
+    """
+    cleared = _gradients(parameters)
+
+    def forward() -> Objective:
+        with before_forward(_refuse_static_graph) if instance else nullcontext():
+            objective = objective_of(closure())
+        if _gradients(parameters) != cleared:
+            raise ValueError(
+                "The closure called backward(): it must only return the per-sample losses, from which step() takes "
+                "gradients itself. Take gradients at the inputs by torch.autograd.grad."
+            )
+        return objective
+
+    return forward
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """What tells whether gradients were written to: the tensors and their versions."""
+    gradients = (parameter.grad for parameter in parameters)
+    return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
+
+
+def _refuse_static_graph(module: nn.Module) -> None:
+    if isinstance(module, DistributedDataParallel) and module.static_graph:
+        raise ValueError(
+            "DistributedDataParallel with static_graph=True: in instance mode it would exchange gradients after the "
+            "first pass, which computes none. Leave static_graph out, or use perturbation='batch'."
+        )
 
 
 def objective_of(returned: Any) -> Objective:

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.momentum import MomentumDisplacement, MomentumOf
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.errors import Refused, listing

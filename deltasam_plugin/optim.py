@@ -6,17 +6,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.optim import Optimizer
 
 from deltasam_plugin import schedule
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.momentum import check_momentum, momentum_of
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.checks import Checks
-from deltasam_plugin.closures import objective_of
-from deltasam_plugin.hooks import before_forward
-from deltasam_plugin.loss import Objective, Statistics
+from deltasam_plugin.closures import checked
+from deltasam_plugin.loss import Statistics
 from deltasam_plugin.modes import Perturbations, chosen_parameters
 from deltasam_plugin.refusals import refuse_ignored, refuse_sharded
 from deltasam_plugin.replay import ThreadState, closing_contexts
@@ -205,20 +203,11 @@ class DeltaSAM(Optimizer):
                 "returns the per-sample losses, e.g. lambda: F.cross_entropy(model(x), y, reduction='none')."
             )
 
-        def forward() -> Objective:
-            with before_forward(self._refuse_static_graph):
-                objective = objective_of(closure())
-            if self._gradients() != cleared:
-                raise ValueError(
-                    "The closure called backward(): it must only return the per-sample losses, from which step() takes "
-                    "gradients itself. Take gradients at the inputs by torch.autograd.grad."
-                )
-            return objective
-
         group = self.param_groups[0]
         step = group.get(STEP, 0)
         self.zero_grad()
-        cleared = self._gradients()
+        every = [p for each in self.param_groups for p in each["params"]]
+        forward = checked(closure, every, instance=self.settings.perturbation == "instance")
         with closing_contexts(), torch.enable_grad():
             perturbations = self._current_perturbations()
             rho = schedule.radius(self.settings, step, schedule.relative_lr(self.settings, group))
@@ -230,24 +219,10 @@ class DeltaSAM(Optimizer):
                 loss.backward()
         self.base_optimizer.step()
         if self.settings.ascent != "gradient" and not self._momentum_checked:
-            stepped = (p for each in self.param_groups for p in each["params"] if p.grad is not None)
-            check_momentum((self.state.get(p, {}) for p in stepped), self.settings.ascent)
+            check_momentum((self.state.get(p, {}) for p in every if p.grad is not None), self.settings.ascent)
             self._momentum_checked = True
         group[STEP] = step + 1
         return loss.detach()
-
-    def _gradients(self) -> list[tuple[int, int] | None]:
-        """What tells whether gradients were written to: the tensors and their versions."""
-        gradients = (p.grad for group in self.param_groups for p in group["params"])
-        return [None if gradient is None else (id(gradient), gradient._version) for gradient in gradients]
-
-    def _refuse_static_graph(self, module: nn.Module) -> None:
-        static = isinstance(module, DistributedDataParallel) and module.static_graph
-        if static and self.settings.perturbation == "instance":
-            raise ValueError(
-                "DistributedDataParallel with static_graph=True: in instance mode it would exchange gradients after "
-                "the first pass, which computes none. Leave static_graph out, or use perturbation='batch'."
-            )
 
     def _current_perturbations(self) -> Perturbations:
         """Those of the parameters that are trained now, by the settings of now."""

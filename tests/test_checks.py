@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deltasam_plugin import DeltaSAM, Settings
-from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.modes import Perturbations
 

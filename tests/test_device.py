@@ -15,7 +15,8 @@ from torch import nn
 from benchmarks.launches import METHODS, in_python, tasks
 from deltasam_plugin import DeltaSAM
 from deltasam_plugin.batch import norms
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.displacement import ascended
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.modes import Perturbations
 from deltasam_plugin.replay import RandomState
 from tests.helpers import corpora

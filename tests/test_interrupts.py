@@ -15,7 +15,7 @@ from deltasam_plugin import DeltaSAM
 from deltasam_plugin.hooks import _callbacks
 
 PACKAGE = Path(deltasam_plugin.__file__).parent
-OWN = "loss.py", "replay.py", "batch/displacement.py", "batch/norms.py", "batch/perturbation.py"
+OWN = "loss.py", "replay.py", "batch/displacement.py", "batch/restoration.py", "batch/norms.py", "batch/perturbation.py"
 FILES = {contextlib.__file__, grad_mode.__file__, *(str(PACKAGE / name) for name in OWN)}
 
 

@@ -18,9 +18,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from deltasam_plugin import Logits, Settings
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.measures import ROUNDING_FACTOR
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS as REGISTRY
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.replay import Conditions, RandomState

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, copy_all, restored
+from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.orthogonal import orthogonal_part
+from deltasam_plugin.batch.restoration import PerturbedParameter, copy_all, restored
 from deltasam_plugin.loss import Statistics
 
 MomentumOf = Callable[[PerturbedParameter], Tensor | None]

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.batch.descent import DESCENTS, backward_along
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended, originals_of_rewritten, rewound
+from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.measures import Measure
 from deltasam_plugin.batch.momentum import MomentumOf, gradient_noise
 from deltasam_plugin.batch.probing import probe
+from deltasam_plugin.batch.restoration import PerturbedParameter, originals_of_rewritten, rewound
 from deltasam_plugin.batch.weighting import (
     WEIGHTINGS,
     Weighting,
@@ -28,16 +29,8 @@ from deltasam_plugin.batch.weighting import (
 )
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.checks import Checks
-from deltasam_plugin.loss import (
-    Ascend,
-    Backward,
-    Objective,
-    Statistics,
-    check_losses,
-    leaves_of,
-    plain_backward,
-    visible_leaves,
-)
+from deltasam_plugin.graphs import leaves_of, visible_leaves
+from deltasam_plugin.loss import Ascend, Backward, Objective, Statistics, check_losses, plain_backward
 from deltasam_plugin.precision import Rounding, at_least_float32, observed_dtypes
 from deltasam_plugin.replay import Conditions, unchanged_versions
 from deltasam_plugin.settings import Settings

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace, mirror, restored
+from deltasam_plugin.batch.displacement import Drawn, displace, mirror
 from deltasam_plugin.batch.measures import Measure, measured_floor
 from deltasam_plugin.batch.norms import global_norm
+from deltasam_plugin.batch.restoration import PerturbedParameter, restored
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.loss import Objective
 from deltasam_plugin.precision import Rounding, at_least_float32
@@ -111,7 +112,7 @@ def probe(
             reached.
         seed: of the first direction; the further ones follow from it.
         reached: which parameters the losses depend on. A probe moves these, and is measured by them; by default all.
-        rewritten: see :func:`~deltasam_plugin.batch.displacement.restored`.
+        rewritten: see :func:`~deltasam_plugin.batch.restoration.restored`.
         rounding: of the forward pass.
 
     Returns:

@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.norms import dense
+from deltasam_plugin.batch.restoration import PerturbedParameter
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS
 from deltasam_plugin.precision import Rounding, observed_dtypes, spacing
 from deltasam_plugin.settings import Settings

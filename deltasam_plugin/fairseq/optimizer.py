@@ -19,8 +19,8 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from deltasam_plugin import schedule
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.momentum import check_momentum, momentum_of
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.fairseq.announcements import TrainedBy, start_line, warn_of_half_precision
 from deltasam_plugin.fairseq.backward import BackwardPasses

@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.fairseq.errors import Unsupported
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.errors import Refused, listing
-from deltasam_plugin.instance.interception import ParameterSlice
+from deltasam_plugin.instance.slices import ParameterSlice
 from deltasam_plugin.precision import at_least_float32
 
 TOLERATED = 0.01  # share of the weights that may stay unperturbed

@@ -17,13 +17,13 @@ from deltasam_plugin.instance.coverage import Coverage
 from deltasam_plugin.instance.entanglement import entangled, half_in_turn
 from deltasam_plugin.instance.familiarity import Familiarity
 from deltasam_plugin.instance.gradients import PerSampleGradients
-from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layers.base import PlannedCall
 from deltasam_plugin.instance.layout import Listed, merged
 from deltasam_plugin.instance.ownership import Ownership
 from deltasam_plugin.instance.passes import MarkedPass, Passes, output_gradients
 from deltasam_plugin.instance.planning import plan_calls
 from deltasam_plugin.instance.recording import RecordedCall, Tape, detached_uses
+from deltasam_plugin.instance.slices import ParameterSlice
 from deltasam_plugin.instance.solution import Comparison, Solution
 from deltasam_plugin.loss import check_losses
 from deltasam_plugin.precision import at_least_float32

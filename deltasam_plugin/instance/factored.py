@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltasam_plugin.instance.interception import ParameterSlice
+from deltasam_plugin.instance.slices import ParameterSlice
 from deltasam_plugin.precision import at_least_float32
 
 

@@ -22,9 +22,9 @@ from deltasam_plugin.instance.factored import (
     step_sizes,
     sum_over_samples,
 )
-from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layout import Grouping
 from deltasam_plugin.instance.memo import Memo
+from deltasam_plugin.instance.slices import ParameterSlice
 from deltasam_plugin.precision import at_least_float32
 
 SMALL = 2**14  # numbers in a sample's gradient that is joined with others

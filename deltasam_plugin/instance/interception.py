@@ -16,46 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-
-class ParameterSlice(NamedTuple):
-    """A named parameter, or a part of one, as in packed projections.
-
-    Attributes:
-        name: of the parameter.
-        start, stop: rows of its first dimension.
-        columns: range of its second dimension; None for all.
-        transposed: whether it is used as the transpose of that part.
-    """
-
-    name: str
-    start: int
-    stop: int
-    columns: tuple[int, int] | None = None
-    transposed: bool = False
-
-    @property
-    def upright(self) -> ParameterSlice:
-        """The same part, not transposed."""
-        return self._replace(transposed=False)
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The same part, upright, of a tensor that has the parameter's shape; a view."""
-        part = tensor[self.start : self.stop] if tensor.dim() else tensor
-        return part if self.columns is None else part[:, slice(*self.columns)]
-
-    def overlaps(self, other: ParameterSlice) -> bool:
-        """Whether two different slices have elements in common."""
-        if (
-            self.upright == other.upright
-            or self.name != other.name
-            or self.start >= other.stop
-            or other.start >= self.stop
-        ):
-            return False
-        if self.columns is None or other.columns is None:
-            return True
-        return self.columns[0] < other.columns[1] and other.columns[0] < self.columns[1]
-
+from deltasam_plugin.instance.slices import ParameterSlice, divided, indexed
 
 # A parameter stays recognizable through these: packed query, key and value projections, and casts of fp16 parameters.
 _SPLITS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split}
@@ -235,12 +196,13 @@ class Interception(TorchFunctionMode):
         elif turned and any(output.requires_grad for output in outputs):
             self._report(func, found)
         elif func in _SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
-            self._learn_parts(found[0], outputs)
+            for output, inside in zip(outputs, divided(found[0], [output.shape[0] for output in outputs])):
+                self._learn(output, inside)
         elif func is torch.cat and _dim(args, kwargs, 1) == 0 and len(found) == len(args[0] if args else ()):
             self._learn(outputs[0], tuple(part for slices in found for part in slices))
         elif func in _CASTS and len(found) == 1 and outputs:
             self._learn(outputs[0], found[0])
-        elif func is Tensor.__getitem__ and outputs and (part := _indexed(found[0], *args)) is not None:
+        elif func is Tensor.__getitem__ and outputs and (part := indexed(found[0], *args)) is not None:
             self._learn(outputs[0], (part,))
         elif func is Tensor.__setitem__ or any(output.requires_grad for output in outputs):
             self._report(func, found)
@@ -253,38 +215,9 @@ class Interception(TorchFunctionMode):
     def _learn(self, tensor: Tensor, slices: tuple[ParameterSlice, ...]) -> None:
         self._known[id(tensor)] = (tensor, slices)
 
-    def _learn_parts(self, slices: tuple[ParameterSlice, ...], parts: list[Tensor]) -> None:
-        begin = 0
-        for part in parts:
-            end, offset, inside = begin + part.shape[0], 0, []
-            for name, start, stop, columns, _ in slices:
-                low, high = max(begin - offset, 0), min(end - offset, stop - start)
-                if low < high:
-                    inside.append(ParameterSlice(name, start + low, start + high, columns))
-                offset += stop - start
-            self._learn(part, tuple(inside))
-            begin = end
-
 
 def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", str(func))
-
-
-def _indexed(slices: tuple[ParameterSlice, ...], tensor: Tensor, index: Any) -> ParameterSlice | None:
-    """The slice that ``tensor[index]`` is, for one or two plain ranges; None for any other index."""
-    ranges = index if isinstance(index, tuple) else (index,)
-    if len(slices) != 1 or not 1 <= len(ranges) <= min(2, tensor.dim()):
-        return None
-    if any(not isinstance(r, slice) or r.step not in (None, 1) for r in ranges):
-        return None
-    bounds = [r.indices(size)[:2] for r, size in zip(ranges, tensor.shape)]
-    if any(low >= high for low, high in bounds):
-        return None
-    name, start, _, columns, _ = slices[0]
-    (low, high), offset = bounds[0], 0 if columns is None else columns[0]
-    if len(bounds) == 2 and bounds[1] != (0, tensor.shape[1]):
-        columns = (offset + bounds[1][0], offset + bounds[1][1])
-    return ParameterSlice(name, start + low, start + high, columns)
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:

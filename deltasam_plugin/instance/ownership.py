@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from deltasam_plugin.graphs import nodes_of
 from deltasam_plugin.instance.coverage import MIXED, UNKNOWN
 from deltasam_plugin.instance.layers.base import CallKey
 from deltasam_plugin.instance.layout import (
@@ -31,7 +32,6 @@ from deltasam_plugin.instance.layout import (
     consistent,
 )
 from deltasam_plugin.instance.recording import OutputGradients, RecordedCall
-from deltasam_plugin.loss import nodes_of
 from deltasam_plugin.precision import coarsest
 
 

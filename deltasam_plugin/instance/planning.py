@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from deltasam_plugin.instance.coverage import Coverage
-from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layers.base import Form, PlannedCall
 from deltasam_plugin.instance.layout import Grouping, one_sample
 from deltasam_plugin.instance.recording import RecordedCall
+from deltasam_plugin.instance.slices import ParameterSlice
 
 TRAFFIC = 90  # measured by benchmarks/forms.py, on a CPU
 

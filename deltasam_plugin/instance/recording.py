@@ -17,10 +17,11 @@ from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.compilation import uncompiled
 from deltasam_plugin.instance.coverage import DETACHED, REMEDY
-from deltasam_plugin.instance.interception import Expandable, Interception, ParameterSlice
+from deltasam_plugin.instance.interception import Expandable, Interception
 from deltasam_plugin.instance.layers import LAYERS
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer
 from deltasam_plugin.instance.memo import Memo
+from deltasam_plugin.instance.slices import ParameterSlice
 
 Use = tuple[str, ParameterSlice | None, ParameterSlice | None]
 Handle = Callable[[Layer, CallArguments, CallKey, Tensor], Tensor]

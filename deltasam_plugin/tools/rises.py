@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.perturbation import stashed_gradients
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance import InstanceEngine
 from deltasam_plugin.loss import Objective

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deltasam_plugin import DeltaSAM, Settings
 from deltasam_plugin.batch.descent import DESCENTS
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from tests.helpers.instance_oracle import gradients, norm
 from tests.test_choice import Net, filters, found, losses_of

@@ -10,13 +10,8 @@ from hypothesis.extra import numpy as hnp
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deltasam_plugin.batch import displacement, norms
-from deltasam_plugin.batch.displacement import (
-    PerturbedParameter,
-    ascended,
-    displace,
-    originals_of_rewritten,
-    restored,
-)
+from deltasam_plugin.batch.displacement import ascended, displace
+from deltasam_plugin.batch.restoration import PerturbedParameter, originals_of_rewritten, restored
 from tests.helpers.drawn_tensors import ELEMENTS, arrays, norm_of
 
 INTEGERS = {

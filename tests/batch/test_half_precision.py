@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.measures import MEASURES
 from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.probing import probe
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS, Weighting, effective_sample_size, sample_weights
 from deltasam_plugin.loss import Logits, Objective, sharpness_aware_loss
 from deltasam_plugin.precision import TF32, Rounding

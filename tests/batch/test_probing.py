@@ -11,9 +11,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.measures import DEVIATIONS, MEASURES
 from deltasam_plugin.batch.probing import dither, probe, random_signs, standard_normal
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS, sample_weights
 from deltasam_plugin.loss import Logits, Objective
 from deltasam_plugin.precision import Rounding

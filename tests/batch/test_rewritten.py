@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deltasam_plugin import Settings
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 

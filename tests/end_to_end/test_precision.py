@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltasam_plugin.batch.displacement import PerturbedParameter, ascended
+from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.fairseq.parameters import fp32_copies
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.settings import Settings

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deltasam_plugin.batch.displacement import PerturbedParameter
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.fairseq.announcements import TrainedBy
 from deltasam_plugin.fairseq.backward import BackwardPasses
 from deltasam_plugin.loss import Objective, sharpness_aware_loss

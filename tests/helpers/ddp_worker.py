@@ -25,8 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from deltasam_plugin import DeltaSAM, Settings
 from deltasam_plugin.batch.descent import DESCENTS
-from deltasam_plugin.batch.displacement import PerturbedParameter
 from deltasam_plugin.batch.perturbation import BatchPerturbation
+from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.workers import NO_SYNC, Workers
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
 from deltasam_plugin.settings import ASCENTS

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deltasam_plugin.batch.displacement import Drawn, PerturbedParameter, displace
+from deltasam_plugin.batch.displacement import Drawn, displace
 from deltasam_plugin.batch.measures import Measure
 from deltasam_plugin.batch.probing import random_signs, standard_normal
+from deltasam_plugin.batch.restoration import PerturbedParameter
 
 
 def direction_of(parameters: Sequence[PerturbedParameter], seed: int, measure: Measure) -> list[Tensor]:

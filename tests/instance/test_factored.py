@@ -21,7 +21,7 @@ from deltasam_plugin.instance.factored import (
     step_sizes,
     sum_over_samples,
 )
-from deltasam_plugin.instance.interception import ParameterSlice
+from deltasam_plugin.instance.slices import ParameterSlice
 
 B, N, M = 2, 5, 3  # samples, outputs, inputs
 

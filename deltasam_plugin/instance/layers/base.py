@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
-from deltasam_plugin.instance.interception import ParameterSlice
 from deltasam_plugin.instance.layout import Grouping
+from deltasam_plugin.instance.slices import ParameterSlice
 
 
 @dataclass(frozen=True)

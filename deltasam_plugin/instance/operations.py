@@ -21,11 +21,15 @@ from deltasam_plugin.instance.arrival import arriving
 Operation = tuple[str, ...]  # the name of a node of the graph, and those of the nodes before it
 FEW = 4  # inputs of an operation
 MOVING = re.compile("Index|Gather|Scatter|MaskedSelect")  # in the name of an operation that moves rows by indices
-CUTTING = ("Select", "Slice", "Split", "Unbind", "UnsafeSplit")  # begin the name of one whose results are pieces
+# These begin the names of operations that give pieces, and of views. Others are named alike: SliceScatter, ViewAsReal.
+CUTTING = tuple(
+    f"{kind}Backward0"
+    for kind in ("Select", "Slice", "Split", "SplitWithSizes", "Unbind", "UnsafeSplit", "UnsafeSplitWithSizes")
+)
+VIEW = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 _DIMENSIONS = ("_saved_dim", "_saved_dim0", "_saved_dim1", "_saved_dims", "_saved_training")
 _AMOUNTS = {"_saved_repeats": 1, "_saved_shifts": 0}  # in each dimension; what these values are is moved nowhere
-_VIEW = ("View", "UnsafeView", "ReshapeAlias")
 
 
 class Order(NamedTuple):
@@ -90,7 +94,7 @@ def _name(node: Any, batch: int) -> str:
         if attribute in _AMOUNTS:
             value = [amount != _AMOUNTS[attribute] for amount in value]
         name = f"{name} {value}"
-    if name.startswith(_VIEW):
+    if name.startswith(VIEW):
         sizes = node._saved_self_sym_sizes[:2]
         return f"{name} {sizes.index(batch)}" if batch in sizes else name
     return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -60,11 +61,29 @@ def test_a_single_row_is_in_every_order() -> None:
     assert [order.kept for order in pieces(graph([1], TAKEN["index"]))] == [(True, True, True)]
 
 
-def test_an_operation_that_writes_a_piece_takes_none_out_of_turn() -> None:
-    """It has two inputs."""
-    x = torch.randn(B, 4, requires_grad=True)
-    losses = torch.stack([x.select_scatter(x[i], 0, 0).sum() for i in range(B)])
-    assert all(sorted(order.kept[1:]) != [False, False] for order in pieces(Graph.of(losses)))
+class ViewOf(torch.autograd.Function):
+    """Its node is named like that of a view."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "named_alike",
+    [
+        lambda x, i: x.select_scatter(x[i], 0, i),
+        lambda x, i: x.slice_scatter(x[i : i + 1], 0, i, i + 1),
+        lambda x, i: torch.view_as_real(torch.view_as_complex(x)),
+        lambda x, i: ViewOf.apply(x),
+    ],
+)
+def test_operations_named_like_those_that_take_pieces_or_views(named_alike: Taken) -> None:
+    assert all(order.kept[1:] != (False, False) for order in pieces(graph([0, 1, 2], named_alike)))
 
 
 @pytest.mark.parametrize(

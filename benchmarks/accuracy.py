@@ -3,6 +3,7 @@
     python -m benchmarks.accuracy                     # goes on where it was; Ctrl-C stops it, and nothing is lost
     python -m benchmarks.accuracy --list              # what is done and what is left
     python -m benchmarks.accuracy --report            # the tables of both READMEs, from the rows that are there
+    python -m benchmarks.accuracy --again SLICE       # runs a slice of --list once more, and prints both results
 
 A slice is one training run of fairseq-train: a task (see tasks.py), a share of flipped labels, a method, a value of the
 method's own parameter, and a seed. Its result is one row of accuracy.csv, written when the run is complete. First every
@@ -26,15 +27,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.study import Method, Row, append, best_value, summary, tables
+from benchmarks.study import Method, Row, append, best_value, overview, summary, tables
 from benchmarks.study_figure import draw
 from benchmarks.tasks import BEST, LAST, TASKS
-from examples.common.experiment import delta_sam
+from examples.common.experiment import delta_sam, table
 
 RESULTS = Path(__file__).with_name("accuracy.csv")
 TUNING_SEED = 1
 
 BASE = "--optimizer adam --criterion {criterion}"
+RIVAL = "--user-dir benchmarks/rivals --optimizer adam --criterion {criterion}_with_rdrop"
 DELTA_SAM = f"{delta_sam('{criterion}')} --sam-warmup-updates {{warmup}}"
 SAM = f"{DELTA_SAM} --sam-weighting uniform"
 INSTANCE = f"{DELTA_SAM} --sam-perturbation instance"
@@ -47,6 +49,8 @@ METHODS = {  # most important first
     "sam at 0.05": Method(f"{SAM} --sam-rho 0.05", ()),  # added when delta_sam at 0.05 was seen to gain
     "adam, more dropout": Method(f"{BASE} --dropout {{value}}", (0.4, 0.5, 0.6)),
     "adam, moving average": Method(f"{BASE} --store-ema --ema-decay {{value}}", (0.98, 0.99, 0.995)),
+    "adam, label smoothing": Method(f"{RIVAL} --label-smoothing {{value}}", (0.1, 0.3, 0.6)),
+    "adam, r-drop": Method(f"{RIVAL} --rdrop-alpha {{value}}", (0.5, 1, 5)),
     "momentum_sam": Method(f"{DELTA_SAM} --sam-ascent momentum --sam-rho {{value}}", (0.1, 0.3, 1.0)),
     "delta_sam, kl": Method(f"{DELTA_SAM} --sam-weighting kl --sam-rho {{value}}", (0.05, 0.1, 0.2)),
     "instance, loss budget": Method(f"{INSTANCE} --sam-rho 0.1 --sam-loss-budget {{value}}", (0.03, 0.1, 0.3)),
@@ -55,7 +59,13 @@ METHODS = {  # most important first
     "rw_sam": Method(f"{DELTA_SAM} --sam-weighting gradient_norm --sam-rho {{value}}", (0.05, 0.1, 0.2)),
 }
 MAIN = ("adam", "sam", "instance", "delta_sam", "adam, twice the updates")  # these are run on every task first
-FEWER = {"finetune": MAIN, "translation": MAIN}  # methods of a task that has not all of them
+STUDIED = {  # by task and share of flipped labels: what fits into 12 hours of two cores
+    ("sentiment", 0.3): tuple(METHODS),
+    ("sentiment", 0.0): (*MAIN, "adam, more dropout", "adam, moving average"),
+    ("finetune", 0.3): MAIN,
+    ("finetune", 0.0): MAIN,
+    ("translation", 0.0): (*MAIN, "adam, r-drop"),  # all have label smoothing
+}
 
 
 class Slice(NamedTuple):
@@ -108,7 +118,7 @@ def studied(tasks: Collection[str]) -> Iterator[tuple[str, float, str]]:
     """Task, share of flipped labels and method of all that is compared."""
     for task in tasks:
         for noise in TASKS[task].noises:
-            for method in FEWER.get(task, METHODS):
+            for method in STUDIED[task, noise]:
                 yield task, noise, method
 
 
@@ -138,6 +148,35 @@ def keep(row: Row) -> None:
     with RESULTS.open() as file:  # runs that end together would write the same figure
         fcntl.flock(file, fcntl.LOCK_EX)
         draw(rows(), RESULTS.with_suffix(".png"), {name: task.score for name, task in TASKS.items()})
+
+
+def legend() -> str:
+    """A table of the methods: the options in which they differ, and the values tried."""
+    lines = [("training", "options", "values tried")]
+    for name, method in METHODS.items():
+        options = method.options
+        for common in (DELTA_SAM, RIVAL, BASE):
+            options = options.removeprefix(common)
+        if method.length > 1:
+            options = f"--max-update × {method.length}"
+        shown = options.strip().format(value="VALUE")
+        lines.append((name, f"`{shown}`" if shown else "", ", ".join(f"{value:g}" for value in method.values)))
+    return table(lines)
+
+
+def again(chosen: Slice) -> str:
+    """Run a slice a second time. Nothing is kept.
+
+    Returns:
+        A table of its row and of the new one.
+
+    Raises:
+        SystemExit: it was not run yet.
+    """
+    kept = [row for row in rows() if slices([row]) == {chosen}]
+    if not kept:
+        sys.exit(f"{json.dumps(chosen)} is no slice that is done. Give one that --list calls done.")
+    return table([("", *Row._fields), *(("kept", *row.written()) for row in kept), ("again", *run(chosen).written())])
 
 
 def work(tasks: Collection[str], number: int, pause_file: Path | None) -> None:
@@ -174,18 +213,22 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tuple(TASKS), help="run no others")
     parser.add_argument("--processes", type=int, default=2, help="how many runs at a time, of one thread each")
     parser.add_argument("--pause-file", type=Path, help="no run is started while this file exists")
+    parser.add_argument("--again", type=json.loads, metavar="SLICE", help="run a slice again and print both results")
     parser.add_argument("--slice", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.slice:
+    if arguments.slice or arguments.again:
         logging.disable(logging.WARNING)
+    if arguments.slice:
         keep(run(Slice(*arguments.slice)))
+    elif arguments.again:
+        print(again(Slice(*arguments.again)))
     elif arguments.report:
-        print(f"{summary(rows())}\n\n{tables(rows())}")
+        print("\n\n".join([overview(rows()), legend(), summary(rows()), tables(rows())]))
     elif arguments.list:
         done = rows()
         known = slices(done)
         for chosen in wanted(done, arguments.tasks):
-            print("done" if chosen in known else "left", *chosen)
+            print("done" if chosen in known else "left", json.dumps(chosen))
     else:
         for name in arguments.tasks:
             for noise in TASKS[name].noises:

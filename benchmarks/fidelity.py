@@ -246,10 +246,13 @@ def report(found: Sequence[Row]) -> str:
 
 
 def _by_case(found: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows of each method in each case; uniform, with which they are compared, is left out."""
+    """The rows of each method in each case, without uniform, with which they are compared.
+
+    Nor is "best" there: it is the nearest of several on each batch, uniform weights among them, and cannot be farther.
+    """
     cases: dict[tuple[Any, ...], list[Row]] = {}
     for row in found:
-        if row.method != "uniform":
+        if row.method not in ("uniform", "best"):
             cases.setdefault((row.method, *row[:3]), []).append(row)
     return {case: rows for case, rows in cases.items() if len(rows) > 1}
 

@@ -111,30 +111,51 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(f"{case_title(*case)}:\n\n{_table(own)}" for case, own in cases(rows).items())
 
 
+def overview(rows: Sequence[Row]) -> str:
+    """A row for each method, a column for each task: test score after the last epoch, of all but Adam the gain over it.
+
+    A gain is bold if its p-value, corrected for all comparisons of the table, is below ALPHA.
+    """
+    found = {case: own for case, own in cases(rows).items() if any(row.method == "adam" for row in own)}
+    corrected = _corrected(found)
+    lines = [("training", *(case_title(*case) for case in found))]
+    for method in dict.fromkeys(row.method for own in found.values() for row in own):
+        cells = []
+        for case, own in found.items():
+            if method == "adam":
+                cells.append(_shown(interval([row.test_last for row in own if row.method == "adam"])))
+            elif (case, method) in corrected:
+                gain = _shown(interval(differences(own, method, "adam")), sign="+")
+                cells.append(f"**{gain}**" if corrected[case, method] < ALPHA else gain)
+            else:
+                cells.append("")
+        lines.append((method, *cells))
+    return table(lines)
+
+
 def summary(rows: Sequence[Row]) -> str:
     """Adam's test scores in every task, and by how much each method differs from them with the same seeds.
 
-    P-values are corrected for the comparisons with Adam in the same task, and for all in the table.
+    P-values are corrected for the comparisons of this score with Adam's in the same task; "p, all" for those of the
+    scores after the last epoch in all tasks.
     """
     found = cases(rows)
-    raw = {(case, name): p for case, own in found.items() for name, (_, _, p) in _all_paired(own, "adam").items()}
-    corrected = dict(zip(raw, holm(list(raw.values()))))
+    corrected = _corrected(found)
     scores = {"test_last": 1, "test_best": 1, "test_loss_last": 3, "test_loss_best": 3}  # and their digits
-    lines = [("task", "training", "its parameter", "last epoch", "p", "p, all", "best epoch",
+    lines = [("task", "training", "its parameter", "last epoch", "p, all", "best epoch",
               "loss, last epoch", "loss, best epoch")]  # fmt: skip
     for case, own in found.items():
         adam = [row for row in own if row.method == "adam"]
         if not adam:
             continue
         levels = [_shown(interval([getattr(row, name) for row in adam]), digits) for name, digits in scores.items()]
-        lines.append((case_title(*case), "adam", "", levels[0], "", "", *levels[1:]))
-        for method, (_, _, p_value) in gains(own, "adam").items():
+        lines.append((case_title(*case), "adam", "", levels[0], "", *levels[1:]))
+        gained = {name: gains(own, "adam", name) for name in scores}
+        for method in gained["test_last"]:
             value = next(row.value for row in own if row.method == method)
-            gained = [_shown(interval(differences(own, method, "adam", name)), digits, "+")
-                      for name, digits in scores.items()]  # fmt: skip
-            p_values = _shown_p(p_value), _shown_p(corrected[case, method])
+            cells = [_shown_gain(gained[name][method], digits) for name, digits in scores.items()]
             chosen = "" if value is None else f"{value:g}"
-            lines.append(("", method, chosen, gained[0], *p_values, *gained[1:]))
+            lines.append(("", method, chosen, cells[0], _shown_p(corrected[case, method]), *cells[1:]))
     return table(lines)
 
 
@@ -157,11 +178,17 @@ def case_title(task: str, noise: float) -> str:
     return f"{task}, {noise:.0%} of the labels flipped" if noise else task
 
 
+def _corrected(found: dict[tuple[str, float], list[Row]]) -> dict[tuple[tuple[str, float], str], float]:
+    """P-values of each method against Adam in each case, corrected for all of them."""
+    raw = {(case, name): p for case, own in found.items() for name, (_, _, p) in _all_paired(own, "adam").items()}
+    return dict(zip(raw, holm(list(raw.values()))))
+
+
 def _table(rows: Sequence[Row]) -> str:
     names = list(dict.fromkeys(row.method for row in rows))
     lines = [("training", "its parameter", "seeds", "test, last epoch", "test, best epoch", "test loss",
-              "− adam", "− sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
-    gained = [gains(rows, reference) for reference in ("adam", "sam")]
+              "− adam", "− sam", "best epoch − sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
+    gained = [gains(rows, "adam"), gains(rows, "sam"), gains(rows, "sam", "test_best")]
     adam = [row.cpu_seconds for row in rows if row.method == "adam"]
     for name in names:
         own = [row for row in rows if row.method == name]
@@ -176,22 +203,22 @@ def _table(rows: Sequence[Row]) -> str:
     return table(lines)
 
 
-def gains(rows: Sequence[Row], reference: str) -> dict[str, tuple[float, float, float]]:
+def gains(rows: Sequence[Row], reference: str, score: str = "test_last") -> dict[str, tuple[float, float, float]]:
     """Of each method: mean difference to the reference, half its interval, p-value corrected for their number."""
-    paired = _all_paired(rows, reference)
+    paired = _all_paired(rows, reference, score)
     corrected = holm([p_value for _, _, p_value in paired.values()])
     return {name: (centre, half, p) for (name, (centre, half, _)), p in zip(paired.items(), corrected)}
 
 
-def _all_paired(rows: Sequence[Row], reference: str) -> dict[str, tuple[float, float, float]]:
+def _all_paired(rows: Sequence[Row], reference: str, score: str = "test_last") -> dict[str, tuple[float, float, float]]:
     """What :func:`_paired` gives for each method, where it gives anything."""
     names = dict.fromkeys(row.method for row in rows)
-    return {name: found for name in names if (found := _paired(rows, name, reference))}
+    return {name: found for name in names if (found := _paired(rows, name, reference, score))}
 
 
-def _paired(rows: Sequence[Row], name: str, other: str) -> tuple[float, float, float] | tuple[()]:
+def _paired(rows: Sequence[Row], name: str, other: str, score: str) -> tuple[float, float, float] | tuple[()]:
     """Mean difference, half its interval and the p-value of a paired t-test; nothing for less than two pairs."""
-    values = differences(rows, name, other)
+    values = differences(rows, name, other, score)
     if name == other or len(values) < 2:
         return ()
     centre, half = interval(values)
@@ -204,9 +231,9 @@ def _shown(found: tuple[float, ...], digits: int = 1, sign: str = "") -> str:
     return f"{found[0]:{sign}.{digits}f} ± {found[1]:.{digits}f}"
 
 
-def _shown_gain(found: tuple[float, float, float]) -> str:
+def _shown_gain(found: tuple[float, float, float], digits: int = 1) -> str:
     *difference, p_value = found
-    return f"{_shown(tuple(difference), sign='+')} (p {_shown_p(p_value)})"
+    return f"{_shown(tuple(difference), digits, '+')} (p {_shown_p(p_value)})"
 
 
 def _shown_p(p_value: float) -> str:

@@ -25,6 +25,7 @@ from examples.sentiment import recipe as sentiment
 from examples.translation import recipe as translation
 
 LAST, BEST = "checkpoint_last.pt", "checkpoint_best.pt"
+WITHOUT_R_DROP = ("--model-overrides", "{'rdrop_alpha': 0}")  # it runs every sentence twice, and adds up both losses
 BY_ACCURACY = "--best-checkpoint-metric accuracy --maximize-best-checkpoint-metric"  # after each epoch
 
 
@@ -182,11 +183,14 @@ def translating(checkpoint: Path, data: Path, with_test: bool) -> Scores:
     """Loss by fairseq-validate, BLEU by fairseq-generate and sacrebleu."""
     from examples.translation.evaluate import bleu, hypotheses, loss, printed
 
-    valid = -loss(printed("fairseq-validate", checkpoint))
+    def measured(split: str) -> float:
+        return loss(printed("fairseq-validate", checkpoint, "--valid-subset", split, *WITHOUT_R_DROP), split)
+
+    valid = -measured("valid")
     if not with_test:
         return Scores(valid, None, None)
     score, _, _ = bleu(hypotheses(printed("fairseq-generate", checkpoint)))
-    return Scores(valid, score, loss(printed("fairseq-validate", checkpoint, "test"), "test"))
+    return Scores(valid, score, measured("test"))
 
 
 TASKS = {

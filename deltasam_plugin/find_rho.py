@@ -92,8 +92,8 @@ def report(found: dict[str, list[Point]], updates: int, batches: int) -> str:
         f"After {updates} updates, on {batches} batches. rise: relative sharpness, (L(w + ε) − L(w)) / L(w). "
         "loss: L(w + ε), base 2.\ngradient: ‖g' − g‖ / ‖g‖ of the sharpness-aware gradient g' and the plain g.\n\n"
         f"{suggestions}\n\n"
-        f"There the loss rises by {least:.0%} to {greatest:.0%}, as in runs of ours that learned. This is a "
-        "suggestion, not a promise."
+        f"There the loss rises by {least:.0%} to {greatest:.0%}, as in some runs of ours that learned; in others\n"
+        "it rose by 1% or by more than 100%. This is a suggestion, not a promise."
     )
 
 

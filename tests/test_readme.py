@@ -20,7 +20,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from benchmarks import accuracy, fidelity, radii
-from benchmarks.study import summary, tables
+from benchmarks.study import overview, summary, tables
 from benchmarks.tasks import TASKS
 from deltasam_plugin import find_rho, report, sharpness
 from deltasam_plugin.batch.descent import DESCENTS
@@ -40,6 +40,7 @@ from tests.recipes.all_recipes import ALL, TRAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLE = (ROOT / "examples" / "sentiment" / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/README.md")), *sorted(ROOT.glob("*/*/README.md"))]
 
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -53,9 +54,7 @@ BLOCKS = {  # by name: the language of the block, and what it alone contains
     "its output": ("text", "step 60"),
     "path": ("bash", "--output page.html"),
     "find_rho": ("bash", "find_rho -- fairseq-train DATA …\n"),
-    "its suggestion": ("text", "suggestion"),
     "sharpness": ("bash", "deltasam_plugin.sharpness"),
-    "its table": ("text", "per sample"),
     "report": ("bash", "writes report.html"),
     "criterion": ("python", "per_sample_losses"),
     "weighting": ("python", "deltasam_plugin.weighting("),
@@ -79,6 +78,12 @@ def block(name: str) -> str:
     """The text of a block, without its fences."""
     language, marker = BLOCKS[name]
     (found,) = (text for kind, text in FENCED.findall(README) if kind == language and marker in text)
+    return found
+
+
+def printed(marker: str) -> str:
+    """What an instrument has printed for the sentiment example: the block that alone contains the marker."""
+    (found,) = (text for kind, text in FENCED.findall(EXAMPLE) if kind == "text" and marker in text)
     return found
 
 
@@ -187,12 +192,12 @@ def test_instruments(translation_data: Path, tmp_path: Path) -> None:
     options = shlex.join(map(str, [*TOY, "--optimizer", "adam", "--cpu", "--batch-size", 8, "--lr", 0.01]))
     assert block("find_rho").endswith("DATA …\n")
     command = block("find_rho").replace("DATA …", f"{translation_data} {options}")
-    assert frame(shell(command, tmp_path)) == frame(block("its suggestion"))
+    assert frame(shell(command, tmp_path)) == frame(printed("suggestion"))
     for name in ("adam", "sam"):
         fairseq_train(translation_data, tmp_path / "runs" / name, *TOY, "--optimizer", "adam", updates=1)
     command = block("sharpness").replace("DATA", str(translation_data))
-    assert frame(shell(command, tmp_path)) == frame(block("its table"))
-    assert {row["checkpoint"] for row in rows(block("its table"), "ρ")} == OPTIMIZERS.keys()
+    assert frame(shell(command, tmp_path)) == frame(printed("per sample"))
+    assert {row["checkpoint"] for row in rows(printed("per sample"), "ρ")} == OPTIMIZERS.keys()
 
 
 @pytest.mark.slow  # downloads the text
@@ -379,20 +384,18 @@ def test_fidelity_is_that_of_the_file_of_measurements() -> None:
         assert shown.strip() in page
     found = {row["weights or groups"]: row for row in rows(counts + "\n", "weights or groups")}
     cases = int(found["curvature"]["cases"])
-    results = " ".join(README[README.index("## Results") : README.index("## Options")].split())
-    assert f"[in {cases} cases]" in results
-    farther = cases - int(found["curvature"]["nearer on average"])
-    assert f"`curvature`, is a little farther on average in {farther} of them" in results
-    assert f"comes nearer in all {found['groups of 2']['nearer on average']}" in results
+    results = " ".join(README[README.index("## What you get") : README.index("## Install")].split())
+    assert f"in {cases} cases](benchmarks/README.md#how-near" in results
     assert all(found[name]["nearer, corrected"] == "0" for name in BUILT_IN_WEIGHTINGS if name != "uniform")
 
 
 def test_accuracies_are_those_of_the_file_of_results() -> None:
     page = (ROOT / "benchmarks" / "README.md").read_text()
-    printed = tables(accuracy.rows())
-    assert printed in page
-    assert len(rows(f"{summary(accuracy.rows())}\n", "task")) > 2
-    assert summary(accuracy.rows()) in README
+    results = accuracy.rows()
+    assert len(rows(f"{overview(results)}\n", "training")) > 2
+    assert overview(results) in README
+    assert summary(results) in page
+    assert tables(results) in page
 
 
 def test_the_grid_over_the_radius_is_that_of_the_file_of_results() -> None:

@@ -22,7 +22,6 @@ COMMANDS = {
     "fairseq-validate": f"{SHARED} --task translation --valid-subset valid --log-format json",
     "fairseq-generate": f"{SHARED} --gen-subset test --beam {BEAM} --remove-bpe sentencepiece",
 }
-SUBSET = {"fairseq-validate": "--valid-subset", "fairseq-generate": "--gen-subset"}
 
 
 @dataclass
@@ -74,20 +73,18 @@ def output(run: str, name: str) -> str:
     return text
 
 
-def printed(name: str, checkpoint: Path, split: str | None = None) -> str:
+def printed(name: str, checkpoint: Path, *own: str) -> str:
     """Run a command of COMMANDS for a checkpoint and return its output.
 
     Args:
         name: of the command.
         checkpoint: what to measure.
-        split: another part of the data than the command's own.
+        own: further options; they win over those of COMMANDS.
 
     Raises:
         SystemExit: the command has failed.
     """
-    options = [str(DATA), "--user-dir", str(PLUGIN), *COMMANDS[name].split(), "--path", str(checkpoint)]
-    if split is not None:
-        options += [SUBSET[name], split]
+    options = [str(DATA), "--user-dir", str(PLUGIN), *COMMANDS[name].split(), "--path", str(checkpoint), *own]
     log = subprocess.run(
         [program(name), *options],
         stdout=subprocess.PIPE,

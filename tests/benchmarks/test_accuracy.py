@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import accuracy
-from benchmarks.accuracy import FEWER, METHODS, TUNING_SEED, Slice, wanted
-from benchmarks.study import Row, best_value, differences, holm, interval, summary, tables
-from benchmarks.tasks import LAST, TASKS, Task
+from benchmarks.accuracy import METHODS, STUDIED, TUNING_SEED, Slice, wanted
+from benchmarks.study import Row, best_value, differences, holm, interval, overview, summary, tables
+from benchmarks.tasks import LAST, TASKS, Scores, Task
 from examples.common.reviews import flipped
 from examples.translation import evaluate
 from tests.helpers.corpora import corpus
@@ -105,10 +105,15 @@ def test_seeds_follow_when_every_value_was_tried() -> None:
     assert all(TUNING_SEED not in task.seeds for task in TASKS.values())
 
 
-def test_a_task_can_have_fewer_methods_and_be_run_alone() -> None:
+def test_a_task_can_have_other_methods_and_be_run_alone() -> None:
     found = list(wanted([], ["translation"]))
     assert {chosen.task for chosen in found} == {"translation"}
-    assert list(dict.fromkeys(chosen.method for chosen in found)) == list(FEWER["translation"])
+    assert list(dict.fromkeys(chosen.method for chosen in found)) == list(STUDIED["translation", 0.0])
+
+
+def test_every_task_is_studied_with_every_share_of_flipped_labels() -> None:
+    assert set(STUDIED) == {(name, noise) for name, task in TASKS.items() for noise in task.noises}
+    assert {name for methods in STUDIED.values() for name in methods} == set(METHODS)
 
 
 def test_what_matters_most_comes_first() -> None:
@@ -130,14 +135,30 @@ def test_tables_show_what_was_not_for_tuning() -> None:
     assert "+5.0 ± 1.0 (p < 0.001)" in line
 
 
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
 def test_the_summary_shows_gains_over_adam_with_the_same_seeds() -> None:
     rows = [row("adam", seed, None, 70 + seed) for seed in SEEDS]
     rows += [row("sam", seed, 0.1, 73 + 1.5 * seed) for seed in SEEDS]
     rows += [row("sam", seed, 0.1, 73, noise=0.0) for seed in SEEDS]  # without Adam there is no gain
     _, _, adam, sam = summary(rows).splitlines()
-    assert [cell.strip() for cell in adam.strip("|").split("|")][1:5] == ["adam", "", "74.0 ± 2.0", ""]
-    shown = [cell.strip() for cell in sam.strip("|").split("|")]
-    assert shown[1:6] == ["sam", "0.1", "+5.0 ± 1.0", "< 0.001", "< 0.001"]
+    assert cells(adam)[1:5] == ["adam", "", "74.0 ± 2.0", ""]
+    assert cells(sam)[1:6] == ["sam", "0.1", "+5.0 ± 1.0 (p < 0.001)", "< 0.001", "+5.0 ± 1.0 (p < 0.001)"]
+
+
+def test_the_overview_shows_a_column_for_each_task_and_what_is_beyond_chance_in_bold() -> None:
+    rows = [row("adam", seed, None, 70 + seed, noise) for seed in SEEDS for noise in (0.3, 0.0)]
+    rows += [row("sam", seed, 0.1, 73 + 1.5 * seed) for seed in SEEDS]
+    rows += [row("sam", seed, 0.1, 70 + seed * (-1) ** seed, noise=0.0) for seed in SEEDS]
+    head, _, adam, sam = overview(rows).splitlines()
+    assert cells(head) == ["training", "sentiment, 30% of the labels flipped", "sentiment"]
+    assert cells(adam) == ["adam", "74.0 ± 2.0", "74.0 ± 2.0"]
+    assert cells(sam)[:2] == ["sam", "**+5.0 ± 1.0**"]
+    assert cells(sam)[2].startswith("-3.2 ± ")
+    narrow = [one for one in rows if one.seed < 4]  # two pairs have the same difference, but a p-value above 0.05
+    assert "**" not in overview(narrow)
 
 
 def test_a_clone_in_a_folder_with_a_space(tmp_path: Path) -> None:
@@ -195,6 +216,20 @@ def test_runs_that_end_together_draw_one_after_the_other(monkeypatch: pytest.Mon
     assert seen[-2] == 3  # the last figure shows all
 
 
+@pytest.mark.usefixtures("toy")
+def test_a_slice_is_run_again_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
+    chosen = Slice("sentiment", 0.3, "adam", None, 2)
+    with pytest.raises(SystemExit, match=r'\["sentiment", 0.3, "adam", null, 2\] is no slice that is done'):
+        accuracy.again(chosen)
+    accuracy.keep(accuracy.run(chosen))
+    before = (tmp_path / "accuracy.csv").read_text()
+    _, _, kept, new = map(cells, accuracy.again(chosen).splitlines())
+    assert (kept[0], new[0]) == ("kept", "again")
+    assert kept[1:-1] == new[1:-1] == before.splitlines()[1].split(",")[:-1]  # all but the time
+    assert (tmp_path / "accuracy.csv").read_text() == before
+
+
 def test_the_study_stops_when_a_slice_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(accuracy, "RESULTS", tmp_path / "accuracy.csv")
     monkeypatch.setattr(accuracy, "wanted", lambda *_: [("no", "slice")])
@@ -230,7 +265,7 @@ def toy(monkeypatch: pytest.MonkeyPatch, toy_task: Task) -> Task:
     return toy_task
 
 
-@pytest.mark.parametrize(("method", "seed"), [("adam", 2), ("sam_on", TUNING_SEED)])
+@pytest.mark.parametrize(("method", "seed"), [("adam", 2), ("sam_on", TUNING_SEED), ("adam, r-drop", 2)])
 def test_a_slice_trains_and_measures(toy: Task, method: str, seed: int) -> None:
     value = METHODS[method].values[0] if METHODS[method].values else None
     found = accuracy.run(Slice("sentiment", 0.3, method, value, seed))
@@ -264,9 +299,16 @@ def test_a_translation_is_measured_by_bleu_and_by_the_loss_of_both_parts(
     shutil.copy(toy.parent / "valid.tgt", data / "test.target")
     monkeypatch.setattr(evaluate, "DATA", data)
     task = replace(TASKS["translation"], data=lambda noise: data, updates=2, work=tmp_path / "work")
-    with task.trained(task.command(0.0, METHODS["adam"].options.format(criterion=task.criterion), 2)) as left:
-        tuned, found = (task.measure(left.folder / LAST, data, with_test) for with_test in (False, True))
+
+    def scores(method: str) -> list[Scores]:
+        options = METHODS[method].options.format(criterion=task.criterion, value=1)
+        with task.trained(task.command(0.0, options, 2)) as left:
+            return [task.measure(left.folder / LAST, data, with_test) for with_test in (False, True)]
+
+    tuned, found = scores("adam")
     assert tuned == (found.valid, None, None)
     assert found.test is not None
     assert 0 <= found.test <= 100
     assert found.test_loss == -found.valid > 0  # the parts are the same here
+    _, other = scores("adam, r-drop")
+    assert other.test_loss == pytest.approx(found.test_loss, rel=0.1)  # in training R-Drop's is twice as much

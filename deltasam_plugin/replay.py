@@ -134,7 +134,7 @@ def _not_saved(packed: None) -> Tensor:
 def forward_only(forward: Callable[[], Tensor]) -> Tensor:
     """Run a pass with gradients enabled whose backward pass is never run: nothing is saved for it.
 
-    A pass that takes gradients itself (gradient penalties, adversarial inputs) is run again, and saves.
+    A pass that takes gradients itself (gradient penalties, adversarial inputs, torch.func) is run again, and saves.
 
     Args:
         forward: may be run twice, with the same result.
@@ -147,7 +147,11 @@ def forward_only(forward: Callable[[], Tensor]) -> Tensor:
             with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, _not_saved):
                 return forward().detach()
         except _TakesGradients:
-            return forward().detach()
+            pass
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):  # torch.func has none
+                raise
+        return forward().detach()
 
 
 @dataclass(frozen=True)

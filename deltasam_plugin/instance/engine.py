@@ -124,11 +124,15 @@ class InstanceEngine:
             self._coverage.exclude(tape.misused())
             calls, rows = list(tape.calls), [Listed(owners, losses.numel()) for owners in tape.rows]
             tape.calls.clear()
-            passes = self._passes(losses, calls, rows, seed)
+            passes = self._passes(losses, calls, rows, seed, tape.written)
             groupings, reasons = self._ownership.groupings(calls, passes.gradients, passes.scaled, losses.numel(), rows)
             self._coverage.exclude({**detached_uses(calls, passes.gradients, tape.superseded), **reasons})
             if passes.marked is not None:
                 self._entangled = entangled(calls, groupings, passes.gradients, passes.marked, self._coverage)
+            # Rows in no order may be in another one at the perturbed weights: those that a model routes to experts.
+            loose = any(
+                isinstance(found, Listed) and all(found is not listed for listed in rows) for found in groupings
+            )
             groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
             planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             if passes.of_parameters and self._coverage.exclude(self._differences(calls, planned, passes)):
@@ -136,7 +140,7 @@ class InstanceEngine:
             comparison = None
             if passes.scaled:
                 dtypes = {call.dtype for call in calls} or {losses.dtype}
-                comparison = Comparison(self._comparisons, self._familiarity.rearranged, dtypes)
+                comparison = Comparison(self._comparisons, loose or self._familiarity.rearranged, dtypes)
             work = list(zip(calls, planned, passes.gradients))
             del calls, passes
             per_sample = _accumulated(work)
@@ -148,10 +152,17 @@ class InstanceEngine:
             perturbation = per_sample.perturbation(sizes, self.rho if rho is None else rho, rise, scale_of)
             return Solution(self._parameters, perturbation, planned, sizes, comparison)
 
-    def _passes(self, losses: Tensor, calls: list[RecordedCall], rows: list[Listed], seed: Tensor) -> Passes:
+    def _passes(
+        self,
+        losses: Tensor,
+        calls: list[RecordedCall],
+        rows: list[Listed],
+        seed: Tensor,
+        written: Sequence[tuple[int, int]],
+    ) -> Passes:
         """One backward pass; in a batch that is to be compared, others before it."""
         batch, check = losses.numel(), self._is_to_be_checked()
-        strange = self._familiarity.strange(calls, losses) if batch > 1 else False
+        strange = self._familiarity.strange(calls, losses, written) if batch > 1 else False
         untrusted = check or strange or self._entangled or self._familiarity.lost
         backward = partial(output_gradients, losses, calls)
         scaled, marked = [], None

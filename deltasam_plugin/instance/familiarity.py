@@ -5,8 +5,8 @@ does the same with them. It may not: it sorts sentences by length, picks out lab
 in training. Every batch therefore has features, and a batch with a feature that is new is compared, too:
 
 - how many rows a sample has, in a call without a dimension for the samples;
-- how often a layer is used: its layouts are known by the number of the use;
-- what ``operations`` finds: the operations of the graph, and the orders that their indices and pieces are in.
+- how often a layer is used, and where in the graph: its layouts are known by the number of the use;
+- the operations of the graph (``operations``), and the orders in which they take rows (``orders``).
 
 No feature needs a backward pass. Indices are on the device. What they tell is known one batch later on a GPU.
 """
@@ -14,12 +14,14 @@ No feature needs a backward pass. Indices are on the device. What they tell is k
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
 
-from deltasam_plugin.instance.operations import Graph, Order, indices, pieces
+from deltasam_plugin.instance.indices import indices
+from deltasam_plugin.instance.operations import Graph
+from deltasam_plugin.instance.orders import Order, pieces, writes
 from deltasam_plugin.instance.recording import RecordedCall
 
 
@@ -38,21 +40,24 @@ class Familiarity:
         self._compared = False
         self._orders: Callable[[], list[Order]] = list  # of the latest batch, if they come from a GPU
 
-    def strange(self, calls: Sequence[RecordedCall], losses: Tensor) -> bool:
+    def strange(
+        self, calls: Sequence[RecordedCall], losses: Tensor, written: Sequence[tuple[Hashable, int]] = ()
+    ) -> bool:
         """Whether this batch has features that are new.
 
         Args:
             calls: of the pass.
             losses: per-sample losses with graph, (B,).
+            written: places that rows were written to, in order: the tensor, and where in it.
         """
         self._look_back()
         batch = losses.numel()
         graph = Graph.of(losses)
         orders = indices(graph)
-        kinds, counts = {operation for _, operation in graph.nodes}, _counts(calls, batch) | _uses(calls)
+        kinds, counts = {operation for _, operation in graph.nodes}, _counts(calls, batch) | _uses(calls, graph)
         if losses.is_cuda:
             self._orders, orders = orders, list
-        found = orders() + pieces(graph)
+        found = orders() + pieces(graph) + writes(written)
         self.rearranged = not kinds <= self._known or not self._allow(found)
         self._present, self._compared = {*kinds, *counts, *found}, False
         return self.rearranged or not counts <= self._known
@@ -96,6 +101,11 @@ def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
     return found
 
 
-def _uses(calls: Sequence[RecordedCall]) -> set[Hashable]:
-    """How many calls each layer has."""
-    return set(Counter(call.key[:3] for call in calls).items())
+def _uses(calls: Sequence[RecordedCall], graph: Graph) -> set[Hashable]:
+    """How many calls each layer has, and in which order they stand in the graph."""
+    of_node = {call.output.node: call.key for call in calls}
+    uses: defaultdict[Hashable, list[int]] = defaultdict(list)
+    for node, _ in graph.nodes:
+        if node in of_node:
+            uses[of_node[node][:3]].append(of_node[node].use)
+    return {*Counter(call.key[:3] for call in calls).items(), *((layer, *own) for layer, own in uses.items())}

@@ -7,15 +7,15 @@ thread. It sees arguments too: a parameter in a call that is not understood is r
 
 from __future__ import annotations
 
-import types
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from deltasam_plugin.instance.composites import COMPOSITE, addmm
 from deltasam_plugin.instance.slices import ParameterSlice, divided, indexed
 
 # A parameter stays recognizable through these: packed query, key and value projections, and casts of fp16 parameters.
@@ -23,33 +23,21 @@ _SPLITS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split}
 _CASTS = {Tensor.float, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.double, Tensor.half, Tensor.bfloat16}
 
 
-def _without_dispatch(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function without its first check, which would hand the call to the mode as a whole.
-
-    torch offers composite functions to the mode as one call. This shows the calls inside.
-    """
-    namespace = {**function.__globals__, "has_torch_function": lambda _: False}
-    copy = types.FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-_COMPOSITE = {F.multi_head_attention_forward: _without_dispatch(F.multi_head_attention_forward)}
-
-
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    if beta != 1 or alpha != 1 or input.dim() != 1:
-        return torch.addmm(input, mat1, mat2, beta=beta, alpha=alpha)
-    return F.linear(mat1, mat2.t(), input)
-
-
 # These take no values from their further arguments, only a type or a shape.
 _TYPE_OR_SHAPE_ONLY = _CASTS | {Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
-# Their results have no gradient, and depend on the values all the same.
-_VALUES_WITHOUT_GRADIENT = {"gt", "ge", "lt", "le", "eq", "ne", "argmax", "argmin", "argsort"}
+# Names of functions that make a tensor of this kind or shape, and of those whose results tell nothing of the values.
+# Other results without a gradient do, such as indices and numbers.
+_MAKES = re.compile("new_|.*_like$")
+_LOOKS = re.compile(
+    "is_(?!nonzero)|isnan$|isinf$|isfinite$|size$|dim$|ndimension$|dim_order$|numel$|nelement$|element_size$|stride$"
+    "|type$|storage|untyped_storage$|data_ptr$|get_device$|result_type$|can_cast$|retain_grad$|requires_grad_$|register_"
+    "|__get__$|__len__$|__hash__$|__repr__$|__str__$|__format__$"
+)
 
 _TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
 _SUMS = {torch.add, Tensor.add, Tensor.add_}
+
+_WRITES = {Tensor.copy_, Tensor.add_, Tensor.__iadd__}
 
 _DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
 
@@ -81,13 +69,15 @@ class Interception(TorchFunctionMode):
 
     Attributes:
         foreign: parameters used in some other differentiable way, by name, with the function that did.
-        frozen_uses: parameters used where gradients are off, behind detach(), or in a comparison.
+        frozen_uses: parameters used where gradients are off, behind detach(), in a comparison, or as numbers.
+        written: where rows with a gradient were written to, in order: the tensor, and the place in its memory.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visited: Iterable[Callable[..., Any]], visit: Visitor) -> None:
         super().__init__()
         self.foreign: dict[str, str] = {}
         self.frozen_uses: set[str] = set()
+        self.written: list[tuple[int, int]] = []
         self._detached: dict[int, tuple[Tensor, str]] = {}
         self._expandable: dict[int, Expandable] = {}
         self._visited = frozenset(visited)
@@ -108,9 +98,9 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._expandable and func in _SUMS:
             args = tuple(self._expanded(argument, args) for argument in args)
-        composite = _COMPOSITE.get(func)
+        composite = COMPOSITE.get(func)
         if func is torch.addmm and len(args) == 3 and id(args[2]) in self._known:
-            composite = _addmm
+            composite = addmm
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
@@ -121,6 +111,8 @@ class Interception(TorchFunctionMode):
                 self._report_other_use(args, kwargs, result)
                 self._report(func, [slices for _, slices in self._found(args, kwargs) if len(slices) > 1])
                 return result
+        if func is Tensor.__setitem__ or (func in _WRITES and args[0]._base is not None):
+            self._note_written(args)
         found = self._found(args, kwargs)
         versions = [tensor._version for tensor, _ in found]
         result = func(*args, **kwargs)
@@ -130,6 +122,19 @@ class Interception(TorchFunctionMode):
             self._report_other_use(args, kwargs, result)
         self._follow(func, args, kwargs, result, [slices for _, slices in found])
         return result
+
+    def _note_written(self, args: tuple[Any, ...]) -> None:
+        """Note where rows are written to, but for indices on the device: the graph has those."""
+        target, *index, value = args
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return
+        if index:
+            places = index[0] if isinstance(index[0], tuple) else (index[0],)
+            if not all(place is None or place is ... or isinstance(place, int | slice) for place in places):
+                return
+            target = target[index[0]]
+        whole = target if target._base is None else target._base
+        self.written.append((id(whole), target.storage_offset()))
 
     def expand_in_sums(self, shared: Expandable) -> None:
         """Replace a result in sums where all samples share it: as if each had rows of its own."""
@@ -177,9 +182,13 @@ class Interception(TorchFunctionMode):
         if func in _TYPE_OR_SHAPE_ONLY and id(args[0]) not in self._known and id(args[0]) not in self._detached:
             return
         results = result if isinstance(result, list | tuple) else (result,)
-        outputs = [r for r in results if isinstance(r, Tensor) and id(r) not in self._known]
-        compares = bool(outputs) and _name(func).strip("_") in _VALUES_WITHOUT_GRADIENT
-        computes = compares or any(output.is_floating_point() for output in outputs)
+        tensors, name = [r for r in results if isinstance(r, Tensor)], _name(func)
+        if _MAKES.match(name):
+            return
+        outputs = [r for r in tensors if id(r) not in self._known]
+        tells = any(not output.is_floating_point() for output in outputs) or not (tensors or result is None)
+        tells = tells and not _LOOKS.match(name)
+        computes = tells or any(output.is_floating_point() for output in outputs)
         if computes:
             self._note_detached(args, kwargs)
         if not found:
@@ -187,7 +196,7 @@ class Interception(TorchFunctionMode):
         if func in _DETACHES and outputs:
             self._detached[id(outputs[0])] = (outputs[0], found[0][0].name)
             return
-        if compares or (computes and not torch.is_grad_enabled()):
+        if tells or (computes and not torch.is_grad_enabled()):
             self.frozen_uses.update(part.name for slices in found for part in slices)
         turned = any(part.transposed for slices in found for part in slices)
         if func in _TRANSPOSES and len(found[0]) == 1 and outputs and outputs[0].dim() == 2:

@@ -25,7 +25,7 @@ class Memo:
         self._kept: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 
     def __call__(self, function: Callable[..., Result], *args: Any) -> Result:
-        key = function, *((id(arg), arg._version) if isinstance(arg, Tensor) else arg for arg in args)
+        key = function, *((id(arg), _version(arg)) if isinstance(arg, Tensor) else arg for arg in args)
         if key not in self._kept:
             if len(self._kept) == self._size:
                 del self._kept[next(iter(self._kept))]
@@ -35,3 +35,8 @@ class Memo:
     def clear(self) -> None:
         """Keep nothing."""
         self._kept.clear()
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to. Of tensors made for inference nothing counts that."""
+    return -1 if tensor.is_inference() else tensor._version

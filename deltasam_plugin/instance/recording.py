@@ -46,12 +46,17 @@ def intercept_layers(
 
     def visit(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = LAYERS[func]
-        arguments = layer.read(*args, **kwargs)
+        try:
+            arguments = layer.read(*args, **kwargs)
+        except TypeError:  # an old form of the call, or one with other names
+            return NotImplemented
         if arguments is None or not torch.is_grad_enabled():
             return NotImplemented
         weight, bias = interception.slice_of(arguments.weight), interception.slice_of(arguments.bias)
         if weight is None and bias is None:
             return NotImplemented
+        if arguments.x.is_nested:
+            raise Refused(f"Instance mode does not cover nested tensors, as in {layer.name}(). Pad them, or {REMEDY}.")
         use: Use = (layer.name, weight, bias)
         result = run(layer, arguments, use)
         if layer.may_be_shared and arguments.x.dim() and (arguments.x.dim() == 1 or arguments.x.shape[0] == 1):
@@ -153,6 +158,11 @@ class Tape:
         )
         self.calls.append(call)
         return y
+
+    @property
+    def written(self) -> list[tuple[int, int]]:
+        """Where the pass wrote rows to, in order: the tensor, and the place in its memory."""
+        return self._interception.written
 
     def misused(self) -> dict[str, str]:
         """Parameters with uses that have no perturbed form, with the reason."""

@@ -31,12 +31,12 @@ class Comparison(NamedTuple):
 
     Attributes:
         number: of the comparison, in a run.
-        rearranged: whether samples may depend on each other in a new way.
+        thorough: whether samples may depend on each other in a new way, or only at the perturbed weights.
         dtypes: that the first pass computed in.
     """
 
     number: int
-    rearranged: bool
+    thorough: bool
     dtypes: set[torch.dtype]
 
 
@@ -92,7 +92,7 @@ class Solution:
 
         Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
         a row without gradient at w that belongs to another sample than it seems. Comparisons take turns in how they
-        part the samples, or groups; where something is new, all ways are tried.
+        part the samples, or groups; where something is new, or rows are in no order, all ways are tried.
 
         Args:
             losses: at w, (B,).
@@ -103,10 +103,10 @@ class Solution:
         """
         if self.comparison is None:
             return
-        number, rearranged, dtypes = self.comparison
+        number, thorough, dtypes = self.comparison
         count, device = len(self.sizes), losses.device
         group = torch.arange(count, device=device).repeat_interleave(self.sizes.long(), output_size=len(losses))
-        ways = halves(count, device) if rearranged else [half_in_turn(count, 2 * number, device)]
+        ways = halves(count, device) if thorough else [half_in_turn(count, 2 * number, device)]
         allowed = allowed_change(losses, Rounding.of(dtypes, self.parameters.values()))
 
         def losses_with(chosen: Tensor) -> Tensor:

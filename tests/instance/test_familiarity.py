@@ -56,6 +56,12 @@ def test_a_contrastive_term_that_starts_late(zero: str) -> None:
 ORDERED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index": lambda x, order: x[order],
     "index_select": lambda x, order: x.index_select(0, order),
+    "index_select, time first": lambda x, order: x.transpose(0, 1).index_select(1, order).transpose(0, 1),
+    "index_select, last": lambda x, order: x.permute(1, 2, 0).index_select(-1, order).permute(2, 0, 1),
+    "gather, last": lambda x, order: x.permute(1, 2, 0).gather(2, order.expand(4, WIDTH, 3)).permute(2, 0, 1),
+    "third index": lambda x, order: x.transpose(0, 1)[None][:, :, order][0].transpose(0, 1),
+    "take": lambda x, order: x.take(order.view(-1, 1) * x[0].numel() + torch.arange(x[0].numel())).view_as(x),
+    "embedding": lambda x, order: F.embedding(order, x.flatten(1)).view_as(x),
     "gather": lambda x, order: x.gather(0, order.view(-1, 1, 1).expand_as(x)),
     "time first": lambda x, order: x.transpose(0, 1)[:, order].transpose(0, 1),
     "numbers": lambda x, order: torch.stack([x[i] for i in order.tolist()]),
@@ -77,6 +83,29 @@ def test_sentences_sorted_by_length_that_come_unsorted_late(how: str) -> None:
         order = lengths.argsort(descending=True, stable=True)
         x = model.norm(torch.tanh(model.hidden(ordered(model.words(tokens), order))))
         return model.classified(ordered(x, order.argsort()).sum(1), tokens)
+
+    assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind == "exact"
+
+
+WRITTEN: dict[str, Callable[[Tensor, int, Tensor], object]] = {
+    "by numbers": lambda out, i, row: out.__setitem__(i, row),
+    "by slices": lambda out, i, row: out.__setitem__(slice(i, i + 1), row[None]),
+    "by slices of time first": lambda out, i, row: out.transpose(0, 1).__setitem__((slice(None), i), row),
+    "copied": lambda out, i, row: out.select(0, i).copy_(row),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_sentences_written_to_their_places_one_by_one_that_come_unsorted_late(how: str) -> None:
+    model, write = Tagger(), WRITTEN[how]
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        x = model.norm(torch.tanh(model.hidden(model.words(tokens[order]))))
+        out = torch.zeros_like(x)
+        for row, place in zip(x, order.tolist()):
+            write(out, place, row)
+        return model.classified(out.sum(1), tokens)
 
     assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind == "exact"
 
@@ -168,6 +197,97 @@ def test_sentences_without_padding_that_come_in_unequal_lengths_late(by: str) ->
     assert run(model, losses, [4, 4, 4], [4, 1, 1]).kind == "exact"
     assert run(model, losses, [4, 4, 4], [1, 1, 1]).kind == "exact"
     assert run(model, losses, [2, 2, 2], [4, 1, 1]).kind == "exact"
+
+
+@pytest.mark.parametrize("by", ["embedding_bag", "segment_reduce"])
+def test_words_added_up_by_sentence_that_come_unevenly_late(by: str) -> None:
+    """As many words as before."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packed = tokens[inside(tokens, lengths)]
+        x = model.layers(model.words(packed))
+        if by == "embedding_bag":
+            starts = lengths.cumsum(0) - lengths
+            return model.classified(F.embedding_bag(torch.arange(len(x)), x, starts, mode="sum"), tokens)
+        lost = F.cross_entropy(model.out(x), packed, reduction="none")
+        return torch.segment_reduce(lost, "sum", lengths=lengths)
+
+    assert run(model, losses, [2, 2, 2], [4, 1, 1]).kind == "exact"
+
+
+TIME_FIRST: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mask": lambda x, chosen: x[chosen],
+    "numbers": lambda x, chosen: x.flatten(0, 1).index_select(0, chosen.flatten().nonzero().squeeze(1)),
+}
+
+
+@pytest.mark.parametrize("how", TIME_FIRST)
+def test_as_many_words_picked_from_time_first_that_come_unevenly_late(how: str) -> None:
+    model, picked = Tagger(), TIME_FIRST[how]
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        chosen = inside(tokens, lengths).t()
+        x = model.norm(torch.tanh(model.hidden(model.words(tokens.t()))))
+        lost = F.cross_entropy(model.out(picked(x, chosen)), tokens.t()[chosen], reduction="none")
+        return lost.new_zeros(chosen.shape).masked_scatter(chosen, lost).sum(0)
+
+    assert run(model, losses, [2, 2, 2], [3, 2, 1]).kind == "exact"
+
+
+def test_last_words_picked_from_time_first_in_another_order_late() -> None:
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        x = model.norm(torch.tanh(model.hidden(model.words(tokens.t()))))
+        return model.classified(x.flatten(0, 1)[(lengths[order] - 1) * len(order) + order], tokens[order])
+
+    assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind != "silent"
+
+
+def test_spans_of_a_stream_that_begin_elsewhere_late() -> None:
+    """All are equally long."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, starts: Tensor) -> Tensor:
+        x = model.layers(model.words(tokens.flatten()))
+        return model.classified(torch.stack([x[start : start + 3].sum(0) for start in starts.tolist()]), tokens)
+
+    assert run(model, losses, [0, 4, 8], [0, 3, 8]).kind != "silent"
+
+
+@pytest.mark.parametrize("how", ["where", "masked_fill"])
+def test_samples_mixed_behind_a_mask_that_was_empty(how: str) -> None:
+    """Nothing crosses an empty mask, not even NaN."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x, mixed = model.norm(torch.tanh(model.hidden(model.words(tokens)))), torch.full((3, 1, 1), number == LAST)
+        if how == "where":
+            x = torch.where(mixed, x.roll(1, 0), x)
+        else:
+            x = x.masked_fill(mixed, 0) + x.roll(1, 0).masked_fill(~mixed, 0)
+        return model.classified(x.sum(1), tokens)
+
+    assert run(model, losses, [4, 4, 4], [4, 4, 4]).kind == "exact"
+
+
+def test_two_views_of_a_batch_that_one_layer_sees_in_another_order_late() -> None:
+    """As often as before, and in calls of the same size."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        def seen(view: Tensor) -> Tensor:
+            return torch.tanh(model.hidden(model.words(view.flatten()))).view(*view.shape, WIDTH)
+
+        if number == LAST:
+            by_sentence, by_time = seen(tokens), seen(tokens.t())
+        else:
+            by_time, by_sentence = seen(tokens.t()), seen(tokens)
+        return model.classified((by_sentence * by_time.transpose(0, 1)).sum(1), tokens)
+
+    assert run(model, losses, [4, 4, 4], [4, 4, 4]).kind == "exact"
 
 
 def test_rows_taken_one_by_one_that_are_fewer_late() -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from deltasam_plugin.errors import Refused
 from deltasam_plugin.instance.engine import ALWAYS_CHECKED
 from deltasam_plugin.instance.layers import linear
 from tests.helpers.tagger import WIDTH, WORDS, Tagger, check, run
+from tests.helpers.verdict import Comparison
 
 LATER = ALWAYS_CHECKED + 3  # number of a batch that nothing checks but what is new in it
 ONE_SHAPE = [(4, 3)] * (LATER + 2)
@@ -314,3 +316,174 @@ def test_mixing_in_a_batch_with_a_loss_that_is_not_a_number() -> None:
     optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, rho=0.5, perturbation="instance", lr=0.1)
     with pytest.raises(Refused, match="changes with the perturbation of another"):
         optimizer.step(losses)
+
+
+NUMBERS: dict[str, Callable[[Tensor], Any]] = {
+    "item": lambda w: w.max().item(),
+    "item, detached": lambda w: w.detach().max().item(),
+    "tolist": lambda w: max(w.tolist()),
+    "tolist, data": lambda w: max(w.data.tolist()),
+    "numpy": lambda w: float(w.detach().numpy().max()),
+    "numpy, cpu": lambda w: float(w.detach().cpu().numpy().max()),
+    "asarray": lambda w: float(np.asarray(w.detach()).max()),
+    "float": lambda w: float(w[0]),
+    "integers": lambda w: w.long().sum(),
+    "signs": lambda w: torch.signbit(w - 1).sum(),
+    "zeros": lambda w: torch.logical_not(w.relu()).sum(),
+    "counted": lambda w: torch.count_nonzero(w.clamp(min=1) - 1),
+    "bucketize": lambda w: torch.bucketize(1.0, w.detach().sort()[0]),
+    "searchsorted": lambda w: torch.searchsorted(w.detach(), torch.ones(1))[0],
+    "topk": lambda w: w.detach().topk(2).indices.sum(),
+    "branch": lambda w: 2.0 if w[0] > 1 else 1.0,
+}
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+def test_a_parameter_that_is_also_used_as_a_number(how: str) -> None:
+    """No gradient shows it."""
+    model, number = Tagger(), NUMBERS[how]
+
+    def losses(step: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = model.words(tokens) * (1 + number(model.norm.weight))
+        return model.classified(model.norm(x).sum(1), tokens)
+
+    check(run(model, losses, rho=1.5), "exact", "warned", "refused")
+
+
+def test_the_nearest_row_of_a_codebook_by_numpy() -> None:
+    model = Tagger()
+    model.codes = nn.Embedding(7, WIDTH)
+
+    def losses(step: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x, codes = model.words(tokens), model.codes.weight.detach().numpy()
+        nearest = np.square(x.detach().numpy()[..., None, :] - codes).sum(-1).argmin(-1)
+        return model.classified(torch.tanh(model.hidden(x + model.codes(torch.from_numpy(nearest)))).sum(1), tokens)
+
+    check(run(model, losses, rho=1.5), "refused")
+
+
+GLANCES: dict[str, Callable[[Tensor], object]] = {
+    "shape": lambda w: (w.shape, w.size(), w.size(0), w.dim(), w.numel(), len(w), w.stride(), w.nelement(), w.ndim),
+    "kind": lambda w: (
+        w.dtype,
+        w.device,
+        w.is_cuda,
+        w.is_floating_point(),
+        w.is_contiguous(),
+        w.get_device(),
+        w.type(),
+    ),
+    "graph": lambda w: (w.requires_grad, w.is_leaf, w.grad_fn, w.grad, w._version),
+    "memory": lambda w: (w.data_ptr(), w.storage_offset(), w.element_size(), hash(w), id(w)),
+    "of detached": lambda w: (w.detach().shape, w.data.dtype, w.detach().numel()),
+    "finite": lambda w: bool(torch.isfinite(w).all()) and not bool(torch.isnan(w.detach()).any()),
+    "made alike": lambda w: (
+        torch.zeros_like(w, dtype=torch.long),
+        w.new_ones(3),
+        w.detach().new_zeros(2, dtype=torch.int),
+    ),
+    "printed": lambda w: (repr(w), str(w), f"{w}"),
+}
+
+
+@pytest.mark.parametrize("how", GLANCES)
+def test_a_parameter_that_is_only_looked_at(how: str) -> None:
+    model = Tagger()
+
+    def losses(step: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        assert GLANCES[how](model.norm.weight)
+        return model.classified(model.norm(model.words(tokens)).sum(1), tokens)
+
+    check(run(model, losses), "exact")
+
+
+@pytest.mark.parametrize("mode", ["batch", "instance"])
+def test_a_pass_that_differentiates_by_torch_func(mode: str) -> None:
+    """It refuses hooks on what is saved for a backward pass."""
+    model = Tagger().double()
+    tokens = torch.randint(1, WORDS, (4, 3), generator=torch.Generator().manual_seed(0))
+
+    def losses() -> Tensor:
+        slope = torch.func.grad(lambda x: x.square().sum())(torch.ones(4, WIDTH, dtype=torch.float64))
+        return model.classified(model.layers(model.words(tokens)).sum(1) + slope, tokens)
+
+    optimizer = DeltaSAM(model.parameters(), torch.optim.SGD, perturbation=mode, lr=0.1)
+    assert all(bool(optimizer.step(losses).isfinite()) for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda x: x * torch.ones(3, 1, dtype=x.dtype).expand(size=(len(x), 3, 1)),
+        lambda x: torch.add(x, 2, x),
+        lambda x: x + _inference_tensor(x),
+    ],
+)
+def test_calls_in_unusual_forms(use: Callable[[Tensor], Tensor]) -> None:
+    model = Tagger()
+
+    def losses(step: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        return model.classified(use(model.layers(model.words(tokens))).sum(1), tokens)
+
+    check(run(model, losses, ONE_SHAPE[:3]), "exact")
+
+
+def _inference_tensor(x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(x.shape[1:], dtype=x.dtype)
+
+
+def test_a_parameter_added_to_what_was_made_for_inference() -> None:
+    model = Tagger()
+    model.position = nn.Parameter(torch.zeros(WIDTH))
+
+    def losses(step: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        x = model.words(tokens)
+        return model.classified(model.layers(x + (_inference_tensor(x) + model.position)).sum(1), tokens)
+
+    check(run(model, losses, ONE_SHAPE[:3]), "exact", "warned", "refused")
+
+
+def test_nested_tensors() -> None:
+    model = Tagger()
+
+    def losses(step: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        nested = torch.nested.nested_tensor(list(tokens), layout=torch.jagged)
+        rows = torch.tanh(model.hidden(model.words(nested))).unbind()
+        return model.classified(torch.stack([row.sum(0) for row in rows]), tokens)
+
+    verdicts = run(model, losses, ONE_SHAPE[:3])
+    assert verdicts[-1].kind == "refused"
+    assert "nested" in verdicts[-1].detail
+
+
+class Experts(nn.Module):
+    """Every row goes to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(262)  # of many tried: in one of its batches two samples exchange a row
+        self.inner, self.router = nn.Linear(8, 8, bias=False), nn.Linear(8, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        rows = self.inner(x.flatten(0, 1))
+        shares = self.router(rows).softmax(1)
+        total = torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            chosen = (shares.argmax(1) == number).nonzero().squeeze(1)
+            routed = torch.tanh(expert(rows[chosen])) * shares[chosen, number : number + 1]
+            total = total.index_add(0, chosen, routed)
+        return F.cross_entropy(self.out(total).view(*x.shape[:2], 3).sum(1), y, reduction="none")
+
+
+def test_rows_that_samples_exchange_at_the_perturbed_weights() -> None:
+    """As many rows go to each expert as before, so that sizes tell nothing."""
+    model = Experts().double()
+    comparison, verdicts = Comparison(model.parameters(), 0.4), []
+    for batch in range(6):
+        generator = torch.Generator().manual_seed(100 * 262 + batch)
+        x, y = torch.randn(4, 6, 8, generator=generator).double(), torch.randint(3, (4,), generator=generator)
+        verdicts.append(comparison.step(lambda: model(x, y)))  # noqa: B023
+    assert {verdict.kind for verdict in verdicts} == {"exact", "refused"}

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deltasam_plugin.instance.operations import Graph, indices, pieces
+from deltasam_plugin.instance.indices import indices
+from deltasam_plugin.instance.operations import Graph
+from deltasam_plugin.instance.orders import pieces
 
 B = 3
 Taken = Callable[[Tensor, int], Tensor]  # (B, 4, 2) and the number of a sample to its rows
@@ -35,7 +37,7 @@ def graph(order: Sequence[int], taken: Taken) -> Graph:
 
 def in_turn(order: Sequence[int], taken: Taken) -> tuple[bool, ...]:
     """Whether rows are taken from first to last, and whether from last to first."""
-    kept = {each.kept[1:] for each in pieces(graph(order, taken))} - {(True, True)}  # a single piece is both
+    kept = {each.kept[1:3] for each in pieces(graph(order, taken))} - {(True, True)}  # a single piece is both
     assert len(kept) == 1
     return kept.pop()
 
@@ -52,13 +54,13 @@ def test_samples_taken_in_turn_or_not(how: str) -> None:
 def test_pieces_of_pieces_have_an_order_of_their_own(words: list[int]) -> None:
     """Words of sentences: all of the first sentence, then all of the second."""
     found = pieces(graph([0, 1, 2], lambda x, i: torch.stack([x[i][word] for word in words])))
-    mixed = [order for order in found if order.kept[1:] == (False, False)]
+    mixed = [order for order in found if order.kept[1:3] == (False, False)]
     assert len(found) == 2
     assert len(mixed) == (words != sorted(words))
 
 
 def test_a_single_row_is_in_every_order() -> None:
-    assert [order.kept for order in pieces(graph([1], TAKEN["index"]))] == [(True, True, True)]
+    assert [order.kept for order in pieces(graph([1], TAKEN["index"]))] == [(True,) * 4]
 
 
 class ViewOf(torch.autograd.Function):
@@ -83,7 +85,7 @@ class ViewOf(torch.autograd.Function):
     ],
 )
 def test_operations_named_like_those_that_take_pieces_or_views(named_alike: Taken) -> None:
-    assert all(order.kept[1:] != (False, False) for order in pieces(graph([0, 1, 2], named_alike)))
+    assert all(order.kept[1:3] != (False, False) for order in pieces(graph([0, 1, 2], named_alike)))
 
 
 @pytest.mark.parametrize(
@@ -118,5 +120,42 @@ def test_sizes_do_not_belong_to_an_operation() -> None:
 
 def test_indices_say_whether_samples_stay_in_order() -> None:
     x = torch.randn(B, 4, requires_grad=True)
-    for order, kept in (([0, 1, 2], (True, True)), ([2, 0, 1], (False, False))):
-        assert [each.kept for each in indices(Graph.of(x[torch.tensor(order)].sum(1)))()] == [kept]
+    for order, kept in (([0, 1, 2], True), ([2, 0, 1], False)):
+        assert [each.kept for each in indices(Graph.of(x[torch.tensor(order)].sum(1)))()] == [(kept,) * 4]
+
+
+PICKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of (B, T, C), with B = 3 and T = 6, in another order
+    "index": lambda x, order: x[order],
+    "second index": lambda x, order: x.transpose(0, 1)[:, order],
+    "index_select": lambda x, order: x.transpose(0, 1).index_select(1, order),
+    "index_select, from the end": lambda x, order: x.transpose(0, 1).index_select(-2, order),
+    "gather": lambda x, order: x.gather(0, order.view(-1, 1, 1).expand_as(x)),
+    "gather, every column": lambda x, order: x.gather(0, order.view(-1, 1, 1).repeat(1, 6, 2)),
+    "flat, by sample": lambda x, order: x.flatten(0, 1)[6 * order + 5],
+    "flat, by position": lambda x, order: x.transpose(0, 1).flatten(0, 1)[3 * torch.tensor([5, 2, 4]) + order],
+    "embedding": lambda x, order: torch.nn.functional.embedding(order, x.flatten(1)),
+}
+
+
+@pytest.mark.parametrize("how", PICKED)
+def test_an_order_is_seen_whatever_the_length_is(how: str) -> None:
+    x = torch.randn(B, 6, 2, requires_grad=True) * 1
+    kept = {}
+    for order in ([0, 1, 2], [2, 0, 1]):
+        picked = PICKED[how](x, torch.tensor(order))
+        (found,) = indices(Graph.of(picked.sum() * torch.ones(B)))()
+        kept[tuple(order)] = found.kept
+    assert any(before and not after for before, after in zip(*kept.values()))
+
+
+def test_one_column_in_another_order_is_seen() -> None:
+    x, index = torch.randn(B, 4, 2, requires_grad=True) * 1, torch.arange(B).view(B, 1, 1).repeat(1, 4, 2)
+    mixed = index.clone()
+    mixed[:, 3] = mixed[:, 3].roll(1, 0)
+    kept = [indices(Graph.of(x.gather(0, each).sum((1, 2))))()[0].kept for each in (index, mixed)]
+    assert kept == [(True,) * 4, (False,) * 4]
+
+
+def test_words_of_a_dictionary_have_no_order() -> None:
+    embedding = torch.nn.Embedding(5, 2)
+    assert indices(Graph.of(embedding(torch.tensor([2, 0, 1])).sum(1)))() == []

@@ -27,8 +27,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.study import Method, Row, append, best_value, overview, summary, tables
+from benchmarks.study import Method, Row, append, best_value
 from benchmarks.study_figure import draw
+from benchmarks.study_tables import overview, summary, tables, tuning
 from benchmarks.tasks import BEST, LAST, TASKS
 from examples.common.experiment import delta_sam, table
 
@@ -219,11 +220,14 @@ def main() -> None:
     if arguments.slice or arguments.again:
         logging.disable(logging.WARNING)
     if arguments.slice:
-        keep(run(Slice(*arguments.slice)))
+        chosen = Slice(*arguments.slice)
+        if chosen in slices(rows()):
+            sys.exit(f"{json.dumps(chosen)} is done, and would count twice. --again runs it once more.")
+        keep(run(chosen))
     elif arguments.again:
         print(again(Slice(*arguments.again)))
     elif arguments.report:
-        print("\n\n".join([overview(rows()), legend(), summary(rows()), tables(rows())]))
+        print("\n\n".join([overview(rows()), legend(), summary(rows()), tables(rows()), tuning(rows())]))
     elif arguments.list:
         done = rows()
         known = slices(done)

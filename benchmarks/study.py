@@ -1,4 +1,4 @@
-"""The rows of a study, their file, and the tables made of them: tensors and models are elsewhere."""
+"""The rows of a study, their file, and their statistics: tensors and models are elsewhere."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 from scipy import stats
-
-from examples.common.experiment import table
 
 ALPHA = 0.05
 
@@ -106,69 +104,19 @@ def differences(rows: Sequence[Row], method: str, reference: str, score: str = "
     return [of[method][seed] - of[reference][seed] for seed in sorted(of[method].keys() & of[reference].keys())]
 
 
-def tables(rows: Sequence[Row]) -> str:
-    """One table for each task and level of noise, over the runs that were not for tuning."""
-    return "\n\n".join(f"{case_title(*case)}:\n\n{_table(own)}" for case, own in cases(rows).items())
-
-
-def overview(rows: Sequence[Row]) -> str:
-    """A row for each method, a column for each task: test score after the last epoch, of all but Adam the gain over it.
-
-    A gain is bold if its p-value, corrected for all comparisons of the table, is below ALPHA.
-    """
-    found = {case: own for case, own in cases(rows).items() if any(row.method == "adam" for row in own)}
-    corrected = _corrected(found)
-    lines = [("training", *(case_title(*case) for case in found))]
-    for method in dict.fromkeys(row.method for own in found.values() for row in own):
-        cells = []
-        for case, own in found.items():
-            if method == "adam":
-                cells.append(_shown(interval([row.test_last for row in own if row.method == "adam"])))
-            elif (case, method) in corrected:
-                gain = _shown(interval(differences(own, method, "adam")), sign="+")
-                cells.append(f"**{gain}**" if corrected[case, method] < ALPHA else gain)
-            else:
-                cells.append("")
-        lines.append((method, *cells))
-    return table(lines)
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """Adam's test scores in every task, and by how much each method differs from them with the same seeds.
-
-    P-values are corrected for the comparisons of this score with Adam's in the same task; "p, all" for those of the
-    scores after the last epoch in all tasks.
-    """
-    found = cases(rows)
-    corrected = _corrected(found)
-    scores = {"test_last": 1, "test_best": 1, "test_loss_last": 3, "test_loss_best": 3}  # and their digits
-    lines = [("task", "training", "its parameter", "last epoch", "p, all", "best epoch",
-              "loss, last epoch", "loss, best epoch")]  # fmt: skip
-    for case, own in found.items():
-        adam = [row for row in own if row.method == "adam"]
-        if not adam:
-            continue
-        levels = [_shown(interval([getattr(row, name) for row in adam]), digits) for name, digits in scores.items()]
-        lines.append((case_title(*case), "adam", "", levels[0], "", *levels[1:]))
-        gained = {name: gains(own, "adam", name) for name in scores}
-        for method in gained["test_last"]:
-            value = next(row.value for row in own if row.method == method)
-            cells = [_shown_gain(gained[name][method], digits) for name, digits in scores.items()]
-            chosen = "" if value is None else f"{value:g}"
-            lines.append(("", method, chosen, cells[0], _shown_p(corrected[case, method]), *cells[1:]))
-    return table(lines)
-
-
 def cases(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
     """The runs that were not for tuning, by task and noise, of methods that have two of them at least.
 
-    Tasks with noise come first.
+    Tasks with noise come first. Methods are in the same order everywhere.
     """
+    methods = list(dict.fromkeys(row.method for row in rows))
     counts = Counter((row.task, row.noise, row.method) for row in rows if row.phase == "final")
     found: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
         if row.phase == "final" and counts[row.task, row.noise, row.method] > 1:
             found.setdefault((row.task, row.noise), []).append(row)
+    for own in found.values():
+        own.sort(key=lambda row: methods.index(row.method))
     tasks = list(dict.fromkeys(task for task, _ in found))
     return {case: found[case] for case in sorted(found, key=lambda case: (-case[1], tasks.index(case[0])))}
 
@@ -178,36 +126,17 @@ def case_title(task: str, noise: float) -> str:
     return f"{task}, {noise:.0%} of the labels flipped" if noise else task
 
 
-def _corrected(found: dict[tuple[str, float], list[Row]]) -> dict[tuple[tuple[str, float], str], float]:
-    """P-values of each method against Adam in each case, corrected for all of them."""
-    raw = {(case, name): p for case, own in found.items() for name, (_, _, p) in _all_paired(own, "adam").items()}
-    return dict(zip(raw, holm(list(raw.values()))))
-
-
-def _table(rows: Sequence[Row]) -> str:
-    names = list(dict.fromkeys(row.method for row in rows))
-    lines = [("training", "its parameter", "seeds", "test, last epoch", "test, best epoch", "test loss",
-              "− adam", "− sam", "best epoch − sam", "relative sharpness", "CPU time : adam")]  # fmt: skip
-    gained = [gains(rows, "adam"), gains(rows, "sam"), gains(rows, "sam", "test_best")]
-    adam = [row.cpu_seconds for row in rows if row.method == "adam"]
-    for name in names:
-        own = [row for row in rows if row.method == name]
-        sharpness = [row.relative_sharpness for row in own if row.relative_sharpness is not None]
-        cells = [name, "" if own[0].value is None else f"{own[0].value:g}", str(len(own))]
-        cells += [_shown(interval([row.test_last for row in own])), _shown(interval([row.test_best for row in own]))]
-        cells += [_shown(interval([row.test_loss_last for row in own]), 3)]
-        cells += [_shown_gain(found[name]) if name in found else "" for found in gained]
-        cells.append(f"{mean(sharpness):.2f}" if sharpness else "")
-        cells.append(f"{mean(row.cpu_seconds for row in own) / mean(adam):.2f}" if adam else "")
-        lines.append(tuple(cells))
-    return table(lines)
-
-
 def gains(rows: Sequence[Row], reference: str, score: str = "test_last") -> dict[str, tuple[float, float, float]]:
     """Of each method: mean difference to the reference, half its interval, p-value corrected for their number."""
     paired = _all_paired(rows, reference, score)
     corrected = holm([p_value for _, _, p_value in paired.values()])
     return {name: (centre, half, p) for (name, (centre, half, _)), p in zip(paired.items(), corrected)}
+
+
+def corrected(found: dict[tuple[str, float], list[Row]]) -> dict[tuple[tuple[str, float], str], float]:
+    """P-values of each method against Adam in each case, corrected for all of them."""
+    raw = {(case, name): p for case, own in found.items() for name, (_, _, p) in _all_paired(own, "adam").items()}
+    return dict(zip(raw, holm(list(raw.values()))))
 
 
 def _all_paired(rows: Sequence[Row], reference: str, score: str = "test_last") -> dict[str, tuple[float, float, float]]:
@@ -225,16 +154,3 @@ def _paired(rows: Sequence[Row], name: str, other: str, score: str) -> tuple[flo
     if stdev(values) == 0:
         return centre, half, 1.0 if centre == 0 else 0.0
     return centre, half, float(stats.ttest_1samp(values, 0).pvalue)
-
-
-def _shown(found: tuple[float, ...], digits: int = 1, sign: str = "") -> str:
-    return f"{found[0]:{sign}.{digits}f} ± {found[1]:.{digits}f}"
-
-
-def _shown_gain(found: tuple[float, float, float], digits: int = 1) -> str:
-    *difference, p_value = found
-    return f"{_shown(tuple(difference), digits, '+')} (p {_shown_p(p_value)})"
-
-
-def _shown_p(p_value: float) -> str:
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

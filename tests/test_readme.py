@@ -20,7 +20,7 @@ from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
 from benchmarks import accuracy, fidelity, radii
-from benchmarks.study import overview, summary, tables
+from benchmarks.study_tables import overview, summary, tables, tuning
 from benchmarks.tasks import TASKS
 from deltasam_plugin import find_rho, report, sharpness
 from deltasam_plugin.batch.descent import DESCENTS
@@ -396,6 +396,8 @@ def test_accuracies_are_those_of_the_file_of_results() -> None:
     assert overview(results) in README
     assert summary(results) in page
     assert tables(results) in page
+    assert tuning(results) in page
+    assert accuracy.legend() in page
 
 
 def test_the_grid_over_the_radius_is_that_of_the_file_of_results() -> None:

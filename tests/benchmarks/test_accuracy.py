@@ -20,7 +20,8 @@ from scipy import stats
 
 from benchmarks import accuracy
 from benchmarks.accuracy import METHODS, STUDIED, TUNING_SEED, Slice, wanted
-from benchmarks.study import Row, best_value, differences, holm, interval, overview, summary, tables
+from benchmarks.study import Row, best_value, differences, holm, interval
+from benchmarks.study_tables import overview, summary, tables, tuning
 from benchmarks.tasks import LAST, TASKS, Scores, Task
 from examples.common.reviews import flipped
 from examples.translation import evaluate
@@ -161,6 +162,12 @@ def test_the_overview_shows_a_column_for_each_task_and_what_is_beyond_chance_in_
     assert "**" not in overview(narrow)
 
 
+def test_every_value_that_was_tried_is_shown_and_the_chosen_one_in_bold() -> None:
+    tried = [row("sam", TUNING_SEED, value, valid) for value, valid in ((0.2, 60.0), (0.05, 71.0), (0.1, 71.0))]
+    _, _, line = tuning([*tried, row("sam", 2, 0.05, 99)]).splitlines()
+    assert cells(line) == ["sentiment, 30% of the labels flipped", "sam", "0.05: **71.00**, 0.1: 71.00, 0.2: 60.00"]
+
+
 def test_a_clone_in_a_folder_with_a_space(tmp_path: Path) -> None:
     """Every path is one word of a command."""
     root = Path(__file__).parents[2]
@@ -228,6 +235,9 @@ def test_a_slice_is_run_again_and_nothing_is_kept(monkeypatch: pytest.MonkeyPatc
     assert (kept[0], new[0]) == ("kept", "again")
     assert kept[1:-1] == new[1:-1] == before.splitlines()[1].split(",")[:-1]  # all but the time
     assert (tmp_path / "accuracy.csv").read_text() == before
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--slice", json.dumps(chosen)])
+    with pytest.raises(SystemExit, match="is done, and would count twice"):
+        accuracy.main()
 
 
 def test_the_study_stops_when_a_slice_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from deltasam_plugin.interrupts import closing_contexts
 from deltasam_plugin.precision import at_least_float32
-from deltasam_plugin.replay import Conditions, ThreadState, closing_contexts
+from deltasam_plugin.replay import Conditions, ThreadState
 
 
 class Logits(NamedTuple):

@@ -14,10 +14,11 @@ from deltasam_plugin.batch.momentum import check_momentum, momentum_of
 from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.checks import Checks
 from deltasam_plugin.closures import checked
+from deltasam_plugin.interrupts import closing_contexts
 from deltasam_plugin.loss import Statistics
 from deltasam_plugin.modes import Perturbations, chosen_parameters
 from deltasam_plugin.refusals import refuse_ignored, refuse_sharded
-from deltasam_plugin.replay import ThreadState, closing_contexts
+from deltasam_plugin.replay import ThreadState
 from deltasam_plugin.settings import Settings
 
 STEP = "delta_sam_step"  # in the first parameter group

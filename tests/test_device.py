@@ -18,7 +18,7 @@ from deltasam_plugin.batch import norms
 from deltasam_plugin.batch.displacement import ascended
 from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.modes import Perturbations
-from deltasam_plugin.replay import RandomState
+from deltasam_plugin.randomness import RandomState
 from tests.helpers import corpora
 from tests.helpers.rehearsal import BLOCKS, CHUNK, OnDevice, Rehearsal, foreach_launches, moved, plain
 from tests.helpers.rehearsed_runs import steady

@@ -24,7 +24,8 @@ from deltasam_plugin.batch.perturbation import BatchPerturbation
 from deltasam_plugin.batch.restoration import PerturbedParameter
 from deltasam_plugin.batch.weighting import WEIGHTINGS as REGISTRY
 from deltasam_plugin.loss import Objective, sharpness_aware_loss
-from deltasam_plugin.replay import Conditions, RandomState
+from deltasam_plugin.randomness import RandomState
+from deltasam_plugin.replay import Conditions
 from tests.helpers.directions import direction_of
 
 UNIFORM = Settings(weighting="uniform")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deltasam_plugin.replay import Conditions, RandomState, frozen_statistics
+from deltasam_plugin.randomness import RandomState
+from deltasam_plugin.replay import Conditions, frozen_statistics
 
 CPU = {torch.device("cpu")}
 

@@ -52,6 +52,11 @@ class Grouping:
         return self == other or self.batch == 1 or torch.equal(self.owners(), other.owners())
 
 
+def grouped(grouping: Grouping, rows: Tensor) -> Tensor:
+    """``grouping.group(rows)``, as a function for :class:`Memo`."""
+    return grouping.group(rows)
+
+
 @dataclass(frozen=True)
 class _Strided(Grouping):
     leading_shape: tuple[int, ...]

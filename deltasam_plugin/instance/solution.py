@@ -17,11 +17,11 @@ from deltasam_plugin.instance.apex import unfused_norms
 from deltasam_plugin.instance.compilation import uncompiled
 from deltasam_plugin.instance.coverage import REMEDY
 from deltasam_plugin.instance.entanglement import allowed_change, half_in_turn, halves
-from deltasam_plugin.instance.gradients import PerSamplePerturbation
 from deltasam_plugin.instance.layers.base import CallArguments, CallKey, Layer, PlannedCall
 from deltasam_plugin.instance.memo import Memo
 from deltasam_plugin.instance.passes import CHECKPOINTED
 from deltasam_plugin.instance.recording import intercept_layers
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 from deltasam_plugin.precision import Rounding
 from deltasam_plugin.replay import forward_only
 

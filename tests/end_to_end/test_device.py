@@ -12,7 +12,7 @@ import torch
 from fairseq.trainer import Trainer
 
 from deltasam_plugin.batch import measures, norms
-from deltasam_plugin.replay import RandomState
+from deltasam_plugin.randomness import RandomState
 from tests.helpers import corpora
 from tests.helpers.rehearsal import Rehearsal, plain
 from tests.helpers.rehearsed_runs import kept, steady, updates

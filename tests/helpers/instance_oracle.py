@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltasam_plugin.instance import InstanceEngine
-from deltasam_plugin.instance.gradients import PerSamplePerturbation
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 
 Losses = Callable[[], Tensor]  # replays its random numbers itself
 

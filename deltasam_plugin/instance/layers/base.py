@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.layout import Grouping
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 from deltasam_plugin.instance.slices import ParameterSlice
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall, added_to
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 from deltasam_plugin.precision import at_least_float32
 
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltasam_plugin.instance.factored import Factor
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.layers.base import CallArguments, Form, Layer, PlannedCall, added_to
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 from deltasam_plugin.precision import at_least_float32
 
 

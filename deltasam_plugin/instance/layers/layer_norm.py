@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation
+from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.layers.base import CallArguments, Layer, PlannedCall, added_to
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 from deltasam_plugin.precision import at_least_float32
 
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltasam_plugin.instance.factored import Factor, contract, expand_into, form
-from deltasam_plugin.instance.gradients import PerSampleGradients, PerSamplePerturbation, grouped
+from deltasam_plugin.instance.gradients import PerSampleGradients
 from deltasam_plugin.instance.layers.base import CallArguments, Form, Layer, PlannedCall
-from deltasam_plugin.instance.layout import Grouping
+from deltasam_plugin.instance.layout import Grouping, grouped
+from deltasam_plugin.instance.sample_perturbation import PerSamplePerturbation
 from deltasam_plugin.precision import at_least_float32
 
 

@@ -129,10 +129,8 @@ class InstanceEngine:
             self._coverage.exclude({**detached_uses(calls, passes.gradients, tape.superseded), **reasons})
             if passes.marked is not None:
                 self._entangled = entangled(calls, groupings, passes.gradients, passes.marked, self._coverage)
-            # Rows in no order may be in another one at the perturbed weights: those that a model routes to experts.
-            loose = any(
-                isinstance(found, Listed) and all(found is not listed for listed in rows) for found in groupings
-            )
+            # Rows that a model routes by what it computes may take another way at the perturbed weights.
+            routed = tape.decides and any(isinstance(found, Listed) and found not in rows for found in groupings)
             groupings = [None if grouping is None else merged(grouping, self.group) for grouping in groupings]
             planned = plan_calls(calls, groupings, self._coverage, not self.adaptive)
             if passes.of_parameters and self._coverage.exclude(self._differences(calls, planned, passes)):
@@ -140,7 +138,7 @@ class InstanceEngine:
             comparison = None
             if passes.scaled:
                 dtypes = {call.dtype for call in calls} or {losses.dtype}
-                comparison = Comparison(self._comparisons, loose or self._familiarity.rearranged, dtypes)
+                comparison = Comparison(self._comparisons, routed or self._familiarity.rearranged, dtypes)
             work = list(zip(calls, planned, passes.gradients))
             del calls, passes
             per_sample = _accumulated(work)
@@ -158,7 +156,7 @@ class InstanceEngine:
         calls: list[RecordedCall],
         rows: list[Listed],
         seed: Tensor,
-        written: Sequence[tuple[int, int]],
+        written: Sequence[tuple[Tensor, int]],
     ) -> Passes:
         """One backward pass; in a batch that is to be compared, others before it."""
         batch, check = losses.numel(), self._is_to_be_checked()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Hashable, Sequence
 from torch import Tensor
 
 from deltasam_plugin.instance.indices import indices
-from deltasam_plugin.instance.operations import Graph
+from deltasam_plugin.instance.operations import Graph, Operation
 from deltasam_plugin.instance.orders import Order, pieces, writes
 from deltasam_plugin.instance.recording import RecordedCall
 
@@ -53,11 +53,12 @@ class Familiarity:
         self._look_back()
         batch = losses.numel()
         graph = Graph.of(losses)
-        orders = indices(graph)
-        kinds, counts = {operation for _, operation in graph.nodes}, _counts(calls, batch) | _uses(calls, graph)
+        # On a GPU conditions would be known too late, and many that are new, as for the first padding, are harmless.
+        orders = indices(graph, conditions=not losses.is_cuda)
+        kinds, counts = {operation for _, operation in graph.nodes}, _counts(calls, batch) | _uses(calls)
         if losses.is_cuda:
             self._orders, orders = orders, list
-        found = orders() + pieces(graph) + writes(written)
+        found = orders() + pieces(graph) + writes(written) + _turns(calls, graph)
         self.rearranged = not kinds <= self._known or not self._allow(found)
         self._present, self._compared = {*kinds, *counts, *found}, False
         return self.rearranged or not counts <= self._known
@@ -101,11 +102,20 @@ def _counts(calls: Sequence[RecordedCall], batch: int) -> set[Hashable]:
     return found
 
 
-def _uses(calls: Sequence[RecordedCall], graph: Graph) -> set[Hashable]:
-    """How many calls each layer has, and in which order they stand in the graph."""
+def _uses(calls: Sequence[RecordedCall]) -> set[Hashable]:
+    """How many calls each layer has."""
+    return set(Counter(call.key[:3] for call in calls).items())
+
+
+def _turns(calls: Sequence[RecordedCall], graph: Graph) -> list[Order]:
+    """Whether the calls of each layer stand in the graph from the first to the last, or the reverse."""
     of_node = {call.output.node: call.key for call in calls}
-    uses: defaultdict[Hashable, list[int]] = defaultdict(list)
+    uses: defaultdict[Operation, list[int]] = defaultdict(list)
     for node, _ in graph.nodes:
         if node in of_node:
-            uses[of_node[node][:3]].append(of_node[node].use)
-    return {*Counter(call.key[:3] for call in calls).items(), *((layer, *own) for layer, own in uses.items())}
+            uses[("calls", *map(str, of_node[node][:3]))].append(of_node[node].use)
+    return [
+        Order(layer, 0, (own == sorted(own), own == sorted(own, reverse=True)))
+        for layer, own in uses.items()
+        if len(own) > 1
+    ]

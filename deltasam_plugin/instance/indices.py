@@ -15,27 +15,35 @@ from deltasam_plugin.instance.arrival import arriving
 from deltasam_plugin.instance.operations import Graph, Operation, signed
 from deltasam_plugin.instance.orders import Order
 
+WRITING = ("IndexPut", "IndexAdd", "IndexCopy", "IndexFill", "IndexReduce", "Scatter")
+COLUMNS = 256  # of an index that are looked at
 
-def indices(graph: Graph) -> Callable[[], list[Order]]:
+
+def indices(graph: Graph, conditions: bool = True) -> Callable[[], list[Order]]:
     """Start to find out how indices, masks and lengths arrange the samples, and return what tells it.
 
     Of indices an order says whether all rows of the first sample come first, then as many of the second, and so on; and
     whether the first rows of all samples come first, then their second ones. Both are said twice: for indices into rows
     that lie sample by sample, and for those that lie position by position. For the others see :func:`_of_mask`,
     :func:`_of_condition` and :func:`_of_lengths`.
+
+    Args:
+        graph: of the losses.
+        conditions: whether to look at masks that let values through, too.
     """
     uses: list[tuple[Operation, int]] = []
     kept: list[Tensor] = []
     count: Counter[Operation] = Counter()
-    of_conditions: dict[Hashable, Tensor] = {}  # layers share masks
+    known: dict[Hashable, tuple[Tensor, Tensor]] | None = {} if conditions else None
     for node, operation in graph.nodes:
-        for found in _found(node, graph.batch, of_conditions) if _arguments(node.__class__) else ():
+        for found in _found(node, graph.batch, known) if _arguments(node.__class__) else ():
             count[operation] += 1
             uses.append((operation, count[operation]))
             kept.append(found)
     if not uses:
         return list
-    arrived = arriving(torch.stack(kept))
+    device = next((found.device for found in kept if found.device.type != "cpu"), kept[0].device)
+    arrived = arriving(torch.stack([found.to(device) for found in kept]))  # indices may be on the CPU
     return lambda: [Order(*use, tuple(kept)) for use, kept in zip(uses, arrived().tolist())]
 
 
@@ -48,12 +56,21 @@ def _arguments(kind: type) -> list[str]:
     return [] if found == ["indices"] and not kind.__name__.startswith(("Index", "Embedding")) else found
 
 
-def _found(node: Any, batch: int, of_conditions: dict[Hashable, Tensor]) -> Iterator[Tensor]:
-    """The properties of each argument of an operation, (4,) bool."""
+def _found(node: Any, batch: int, conditions: dict[Hashable, tuple[Tensor, Tensor]] | None) -> Iterator[Tensor]:
+    """The properties of each argument of an operation, (4,) bool.
+
+    Args:
+        node: of the operation.
+        batch: B.
+        conditions: masks that were looked at, and what was found: layers share them. None to look at none.
+    """
     name = node.__class__.__name__
     if name.startswith("Embedding") and _is_of_parameter(node):
         return
     for argument in _arguments(node.__class__):
+        elementwise = argument in ("mask", "condition") and not name.startswith(("MaskedSelect", "MaskedScatter"))
+        if elementwise and conditions is None:
+            continue
         value = getattr(node, f"_saved_{argument}")
         if isinstance(value, tuple):  # x[i, j]
             sizes = _sizes(node)
@@ -61,19 +78,19 @@ def _found(node: Any, batch: int, of_conditions: dict[Hashable, Tensor]) -> Iter
                 places = sizes[dim] if dim < len(sizes) else 0
                 if index is not None and index.numel() and _may_be_samples(dim, len(sizes), places, batch):
                     yield _of_mask(index, batch) if index.dtype == torch.bool else _of_index(index, places, batch)
-        elif not isinstance(value, Tensor) or not value.numel():
+        elif not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
             continue
         elif argument in ("lengths", "offsets"):
             yield _of_lengths(value if argument == "lengths" else value.diff())
         elif argument in ("index", "indices"):
             yield from _of_dimension(node, value, batch)
-        elif name.startswith(("MaskedSelect", "MaskedScatter")):
-            yield _of_mask(value, batch)
-        else:
+        elif elementwise and conditions is not None:
             key = value.data_ptr(), value.shape, value.stride()
-            if key not in of_conditions:
-                of_conditions[key] = _of_condition(value)
-            yield of_conditions[key]
+            if key not in conditions:
+                conditions[key] = value, _of_condition(value)  # the mask is kept: its place may not be taken by another
+            yield conditions[key][1]
+        else:
+            yield _of_mask(value, batch)
 
 
 def _is_of_parameter(node: Any) -> bool:
@@ -83,8 +100,15 @@ def _is_of_parameter(node: Any) -> bool:
 
 
 def _may_be_samples(dim: int, rank: int, places: int, batch: int) -> bool:
-    """Whether the samples may be along a dimension: of the first two, or of a later one whose size allows it."""
-    return dim < max(1, min(2, rank - 1)) or (places > 0 and places % batch == 0)
+    """Whether the samples may be along a dimension: one of the first two that is not the last, or one of their number.
+
+    Args:
+        dim: the dimension.
+        rank: how many there are; 0 if this is not known.
+        places: its size; 0 if this is not known.
+        batch: B.
+    """
+    return dim < (max(1, min(2, rank - 1)) if rank else 2) or places == batch
 
 
 def _of_dimension(node: Any, index: Tensor, batch: int) -> Iterator[Tensor]:
@@ -102,15 +126,20 @@ def _of_dimension(node: Any, index: Tensor, batch: int) -> Iterator[Tensor]:
         for other in reversed(range(1, index.dim())):  # expanded to the width of a row
             index = index.select(other, 0) if index.stride(other) == 0 else index
         columns = index.flatten(1) if index.dim() > 1 else index.unsqueeze(1)
+        columns = columns[:, :: -(-columns.shape[1] // COLUMNS)]
         yield torch.stack([_of_index(columns[:, :1], places, batch), _of_columns(columns, places, batch)]).all(0)
     else:
         yield _of_index(index, places, batch)
 
 
 def _sizes(node: Any) -> Sequence[int]:
-    """Of what an operation takes from; empty if that is not known, as where it has no gradient."""
-    before, number = node.next_functions[0]
-    return () if before is None else tuple(before._input_metadata[number].shape)
+    """Of what an operation takes from or writes to; empty if that is not known."""
+    if node.__class__.__name__.startswith(WRITING):  # their result is as large as what they write to
+        before, number = node, 0
+    else:
+        before, number = node.next_functions[0]
+    shapes = getattr(before, "_input_metadata", ())  # of gradients of results; some kinds of nodes have none
+    return tuple(shapes[number].shape) if number < len(shapes) else getattr(node, "_saved_self_sym_sizes", ())
 
 
 def _of_columns(columns: Tensor, places: int, batch: int) -> Tensor:
@@ -122,7 +151,7 @@ def _of_columns(columns: Tensor, places: int, batch: int) -> Tensor:
 def _samples(index: Tensor, places: int, batch: int) -> Tensor:
     """The sample of each place of an index (...), if rows lie sample by sample, and position by position: (2, ...).
 
-    Where there is one row for each sample that is the same: (1, ...).
+    Where the number of places tells no difference, or is not known, an index is taken for a sample: (1, ...).
     """
     many = places > batch and places % batch == 0
     return torch.stack([index // (places // batch), index % batch]) if many else index.unsqueeze(0)
@@ -154,6 +183,7 @@ def _of_mask(mask: Tensor, batch: int) -> Tensor:
 
 def _of_condition(mask: Tensor) -> Tensor:
     """Whether it lets all pass, and whether nothing: what is behind it may be of other samples."""
+    mask = mask.bool()
     everything, nothing = mask.all(), ~mask.any()
     return torch.stack([everything, nothing, everything, nothing])
 

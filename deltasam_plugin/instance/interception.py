@@ -7,7 +7,6 @@ thread. It sees arguments too: a parameter in a call that is not understood is r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,30 +15,21 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from deltasam_plugin.instance.composites import COMPOSITE, addmm
-from deltasam_plugin.instance.slices import ParameterSlice, divided, indexed
-
-# A parameter stays recognizable through these: packed query, key and value projections, and casts of fp16 parameters.
-_SPLITS = {torch.chunk, Tensor.chunk, torch.split, Tensor.split}
-_CASTS = {Tensor.float, Tensor.to, Tensor.type_as, Tensor.contiguous, Tensor.double, Tensor.half, Tensor.bfloat16}
-
-
-# These take no values from their further arguments, only a type or a shape.
-_TYPE_OR_SHAPE_ONLY = _CASTS | {Tensor.view_as, Tensor.reshape_as, Tensor.expand_as}
-# Names of functions that make a tensor of this kind or shape, and of those whose results tell nothing of the values.
-# Other results without a gradient do, such as indices and numbers.
-_MAKES = re.compile("new_|.*_like$")
-_LOOKS = re.compile(
-    "is_(?!nonzero)|isnan$|isinf$|isfinite$|size$|dim$|ndimension$|dim_order$|numel$|nelement$|element_size$|stride$"
-    "|type$|storage|untyped_storage$|data_ptr$|get_device$|result_type$|can_cast$|retain_grad$|requires_grad_$|register_"
-    "|__get__$|__len__$|__hash__$|__repr__$|__str__$|__format__$"
+from deltasam_plugin.instance.functions import (
+    CASTS,
+    DETACHES,
+    GRADIENT,
+    LOOKS,
+    MAKES,
+    SPLITS,
+    SUMS,
+    TRANSPOSES,
+    TYPE_OR_SHAPE_ONLY,
+    decides,
+    name_of,
+    writes,
 )
-
-_TRANSPOSES = {torch.t, Tensor.t, Tensor.T.__get__, Tensor.mT.__get__}  # type: ignore[attr-defined]
-_SUMS = {torch.add, Tensor.add, Tensor.add_}
-
-_WRITES = {Tensor.copy_, Tensor.add_, Tensor.__iadd__}
-
-_DETACHES = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+from deltasam_plugin.instance.slices import ParameterSlice, divided, indexed
 
 Visitor = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -71,13 +61,15 @@ class Interception(TorchFunctionMode):
         foreign: parameters used in some other differentiable way, by name, with the function that did.
         frozen_uses: parameters used where gradients are off, behind detach(), in a comparison, or as numbers.
         written: where rows with a gradient were written to, in order: the tensor, and the place in its memory.
+        decides: whether computed numbers were turned into indices or masks, by which rows may be routed.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], visited: Iterable[Callable[..., Any]], visit: Visitor) -> None:
         super().__init__()
         self.foreign: dict[str, str] = {}
         self.frozen_uses: set[str] = set()
-        self.written: list[tuple[int, int]] = []
+        self.written: list[tuple[Tensor, int]] = []
+        self.decides = self._computes_aside = False
         self._detached: dict[int, tuple[Tensor, str]] = {}
         self._expandable: dict[int, Expandable] = {}
         self._visited = frozenset(visited)
@@ -96,7 +88,7 @@ class Interception(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._expandable and func in _SUMS:
+        if self._expandable and func in SUMS:
             args = tuple(self._expanded(argument, args) for argument in args)
         composite = COMPOSITE.get(func)
         if func is torch.addmm and len(args) == 3 and id(args[2]) in self._known:
@@ -111,30 +103,41 @@ class Interception(TorchFunctionMode):
                 self._report_other_use(args, kwargs, result)
                 self._report(func, [slices for _, slices in self._found(args, kwargs) if len(slices) > 1])
                 return result
-        if func is Tensor.__setitem__ or (func in _WRITES and args[0]._base is not None):
-            self._note_written(args)
+        if args and writes(func):
+            self._note_written(func, args, kwargs)
         found = self._found(args, kwargs)
         versions = [tensor._version for tensor, _ in found]
         result = func(*args, **kwargs)
+        self._computes_aside |= func in DETACHES and args[0].requires_grad
+        if not self.decides and decides(func):
+            self.decides = self._is_decision(args, result)
         written = [slices for (tensor, slices), version in zip(found, versions) if tensor._version != version]
         self._report(func, written, "written to by")
-        if func not in _SUMS:
+        if func not in SUMS:
             self._report_other_use(args, kwargs, result)
         self._follow(func, args, kwargs, result, [slices for _, slices in found])
         return result
 
-    def _note_written(self, args: tuple[Any, ...]) -> None:
-        """Note where rows are written to, but for indices on the device: the graph has those."""
-        target, *index, value = args
-        if not isinstance(value, Tensor) or not value.requires_grad:
+    def _note_written(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note where rows with a gradient are written to, but for lists of indices: the graph has those."""
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in (*args[1:], *kwargs.values())):
             return
-        if index:
-            places = index[0] if isinstance(index[0], tuple) else (index[0],)
-            if not all(place is None or place is ... or isinstance(place, int | slice) for place in places):
+        target = args[0]
+        if func is Tensor.__setitem__:
+            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(place, list | bool) or getattr(place, "ndim", 0) for place in places):
                 return
-            target = target[index[0]]
-        whole = target if target._base is None else target._base
-        self.written.append((id(whole), target.storage_offset()))
+            target = target[args[1]]
+        if target._base is not None:
+            self.written.append((target._base, target.storage_offset()))
+
+    def _is_decision(self, args: tuple[Any, ...], result: Any) -> bool:
+        """Whether indices or a mask are made of numbers that the model may have computed."""
+        results = result if isinstance(result, tuple) else (result,)
+        if not any(isinstance(found, Tensor) and not found.is_floating_point() for found in results):
+            return False
+        aside = self._computes_aside or not torch.is_grad_enabled()
+        return any(isinstance(v, Tensor) and v.is_floating_point() and (aside or v.requires_grad) for v in args)
 
     def expand_in_sums(self, shared: Expandable) -> None:
         """Replace a result in sums where all samples share it: as if each had rows of its own."""
@@ -167,7 +170,7 @@ class Interception(TorchFunctionMode):
 
     def _report(self, func: Callable[..., Any], found: list[tuple[ParameterSlice, ...]], how: str = "used by") -> None:
         for part in (part for slices in found for part in slices):
-            self.foreign.setdefault(part.name, f"{how} {_name(func)}()")
+            self.foreign.setdefault(part.name, f"{how} {name_of(func)}()")
 
     def _follow(
         self,
@@ -179,42 +182,47 @@ class Interception(TorchFunctionMode):
     ) -> None:
         if not found and not self._detached:  # most calls by far
             return
-        if func in _TYPE_OR_SHAPE_ONLY and id(args[0]) not in self._known and id(args[0]) not in self._detached:
+        if func in TYPE_OR_SHAPE_ONLY and id(args[0]) not in self._known and id(args[0]) not in self._detached:
             return
         results = result if isinstance(result, list | tuple) else (result,)
-        tensors, name = [r for r in results if isinstance(r, Tensor)], _name(func)
-        if _MAKES.match(name):
+        tensors, name = [r for r in results if isinstance(r, Tensor)], name_of(func)
+        others = (*args[1:], *kwargs.values())
+        if func is GRADIENT or (MAKES.match(name) and not any(self._is_known(other) for other in others)):
             return
         outputs = [r for r in tensors if id(r) not in self._known]
-        tells = any(not output.is_floating_point() for output in outputs) or not (tensors or result is None)
-        tells = tells and not _LOOKS.match(name)
+        numbers = not tensors and result is not None and result is not NotImplemented
+        tells = numbers or any(not output.is_floating_point() for output in outputs)
+        tells = tells and not LOOKS.match(name)
         computes = tells or any(output.is_floating_point() for output in outputs)
         if computes:
             self._note_detached(args, kwargs)
         if not found:
             return
-        if func in _DETACHES and outputs:
+        if func in DETACHES and outputs:
             self._detached[id(outputs[0])] = (outputs[0], found[0][0].name)
             return
-        if tells or (computes and not torch.is_grad_enabled()):
+        if tells or any(output.is_floating_point() and not output.requires_grad for output in outputs):
             self.frozen_uses.update(part.name for slices in found for part in slices)
         turned = any(part.transposed for slices in found for part in slices)
-        if func in _TRANSPOSES and len(found[0]) == 1 and outputs and outputs[0].dim() == 2:
+        if func in TRANSPOSES and len(found[0]) == 1 and outputs and outputs[0].dim() == 2:
             turn = not found[0][0].transposed
             self._learn(outputs[0], (found[0][0]._replace(transposed=turn),))
         elif turned and any(output.requires_grad for output in outputs):
             self._report(func, found)
-        elif func in _SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
+        elif func in SPLITS and len(found[0]) >= 1 and _dim(args, kwargs, 2) == 0:
             for output, inside in zip(outputs, divided(found[0], [output.shape[0] for output in outputs])):
                 self._learn(output, inside)
         elif func is torch.cat and _dim(args, kwargs, 1) == 0 and len(found) == len(args[0] if args else ()):
             self._learn(outputs[0], tuple(part for slices in found for part in slices))
-        elif func in _CASTS and len(found) == 1 and outputs:
+        elif func in CASTS and len(found) == 1 and outputs:
             self._learn(outputs[0], found[0])
         elif func is Tensor.__getitem__ and outputs and (part := indexed(found[0], *args)) is not None:
             self._learn(outputs[0], (part,))
         elif func is Tensor.__setitem__ or any(output.requires_grad for output in outputs):
             self._report(func, found)
+
+    def _is_known(self, argument: Any) -> bool:
+        return id(argument) in self._known or id(argument) in self._detached
 
     def _note_detached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._detached:
@@ -223,10 +231,6 @@ class Interception(TorchFunctionMode):
 
     def _learn(self, tensor: Tensor, slices: tuple[ParameterSlice, ...]) -> None:
         self._known[id(tensor)] = (tensor, slices)
-
-
-def _name(func: Callable[..., Any]) -> str:
-    return getattr(func, "__name__", str(func))
 
 
 def _dim(args: tuple[Any, ...], kwargs: dict[str, Any], position: int) -> int:

@@ -160,9 +160,14 @@ class Tape:
         return y
 
     @property
-    def written(self) -> list[tuple[int, int]]:
+    def written(self) -> list[tuple[Tensor, int]]:
         """Where the pass wrote rows to, in order: the tensor, and the place in its memory."""
         return self._interception.written
+
+    @property
+    def decides(self) -> bool:
+        """Whether the pass turned numbers into indices or masks, by which rows may be routed."""
+        return self._interception.decides
 
     def misused(self) -> dict[str, str]:
         """Parameters with uses that have no perturbed form, with the reason."""

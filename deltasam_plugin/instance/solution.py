@@ -31,7 +31,8 @@ class Comparison(NamedTuple):
 
     Attributes:
         number: of the comparison, in a run.
-        thorough: whether samples may depend on each other in a new way, or only at the perturbed weights.
+        thorough: whether all halves are to be tried: samples may depend on each other in a new way, or only at the
+            perturbed weights.
         dtypes: that the first pass computed in.
     """
 
@@ -92,7 +93,7 @@ class Solution:
 
         Samples may depend on each other where no gradient shows it: by a statistic of the batch behind detach(), or by
         a row without gradient at w that belongs to another sample than it seems. Comparisons take turns in how they
-        part the samples, or groups; where something is new, or rows are in no order, all ways are tried.
+        part the samples, or groups; where something is new, or rows may be routed anew, all ways are tried.
 
         Args:
             losses: at w, (B,).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,7 +92,11 @@ WRITTEN: dict[str, Callable[[Tensor, int, Tensor], object]] = {
     "by numbers": lambda out, i, row: out.__setitem__(i, row),
     "by slices": lambda out, i, row: out.__setitem__(slice(i, i + 1), row[None]),
     "by slices of time first": lambda out, i, row: out.transpose(0, 1).__setitem__((slice(None), i), row),
-    "copied": lambda out, i, row: out.select(0, i).copy_(row),
+    "by tensors": lambda out, i, row: out.__setitem__(torch.tensor(i), row),
+    "by numbers of numpy": lambda out, i, row: out.__setitem__(np.int64(i), row),
+    "copied": lambda out, i, row: out.select(0, i).copy_(row, True),
+    "added": lambda out, i, row: out[i].add_(other=row, alpha=1),
+    "subtracted": lambda out, i, row: out[i].sub_(row),
 }
 
 
@@ -105,6 +110,37 @@ def test_sentences_written_to_their_places_one_by_one_that_come_unsorted_late(ho
         out = torch.zeros_like(x)
         for row, place in zip(x, order.tolist()):
             write(out, place, row)
+        return model.classified(out.sum(1), tokens)
+
+    assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind == "exact"
+
+
+def test_sentences_written_to_their_places_at_once_that_come_unsorted_late() -> None:
+    """To a tensor that has no gradient before."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        x = model.norm(torch.tanh(model.hidden(model.words(tokens[order].t()))))
+        out = torch.zeros_like(x)
+        out[:, order] = x
+        return model.classified(out.sum(0), tokens)
+
+    assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind == "exact"
+
+
+def test_two_tensors_one_after_the_other_that_rows_are_written_to() -> None:
+    """The second may lie where the first one was."""
+    model = Tagger()
+
+    def losses(number: int, tokens: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True, stable=True)
+        x = model.norm(torch.tanh(model.hidden(model.words(tokens[order]))))
+        for _ in range(2):
+            out = torch.zeros_like(x)
+            for row, place in zip(x, order.tolist()):
+                out[place] = row
+            x = out[order] + 0
         return model.classified(out.sum(1), tokens)
 
     assert run(model, losses, [4, 3, 2], [2, 3, 4]).kind == "exact"

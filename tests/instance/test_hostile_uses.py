@@ -334,6 +334,8 @@ NUMBERS: dict[str, Callable[[Tensor], Any]] = {
     "bucketize": lambda w: torch.bucketize(1.0, w.detach().sort()[0]),
     "searchsorted": lambda w: torch.searchsorted(w.detach(), torch.ones(1))[0],
     "topk": lambda w: w.detach().topk(2).indices.sum(),
+    "another tensor": lambda w: torch.ones(1).new_tensor(w.data).max(),
+    "filled": lambda w: torch.ones(1).new_full((2,), w.detach().max()).sum(),
     "branch": lambda w: 2.0 if w[0] > 1 else 1.0,
 }
 
@@ -376,6 +378,8 @@ GLANCES: dict[str, Callable[[Tensor], object]] = {
     "graph": lambda w: (w.requires_grad, w.is_leaf, w.grad_fn, w.grad, w._version),
     "memory": lambda w: (w.data_ptr(), w.storage_offset(), w.element_size(), hash(w), id(w)),
     "of detached": lambda w: (w.detach().shape, w.data.dtype, w.detach().numel()),
+    "of layout": lambda w: (w._is_view(), w.is_sparse, w.layout, w.is_inference(), not w.is_complex(), dir(w)),
+    "none": lambda w: (w is not None, w not in (None, "x")),
     "finite": lambda w: bool(torch.isfinite(w).all()) and not bool(torch.isnan(w.detach()).any()),
     "made alike": lambda w: (
         torch.zeros_like(w, dtype=torch.long),

@@ -156,6 +156,17 @@ def test_one_column_in_another_order_is_seen() -> None:
     assert kept == [(True,) * 4, (False,) * 4]
 
 
+def test_indices_that_a_gpu_would_see_on_the_cpu_and_masks_that_are_sparse() -> None:
+    """The meta device stands for it: nothing can be stacked with what is elsewhere."""
+    x = torch.randn(B, 4, requires_grad=True) * 1
+    sparse = torch.eye(B, 4).to_sparse()
+    assert indices(Graph.of(x.sparse_mask(sparse).to_dense().sum(1)))() == []
+    with torch.device("meta"):
+        y = torch.empty(B, 4, requires_grad=True) * 1
+        mask = torch.empty(B, 4, dtype=torch.bool)
+    indices(Graph.of(y.masked_fill(mask, 0)[torch.arange(B)].sum(1)))
+
+
 def test_words_of_a_dictionary_have_no_order() -> None:
     embedding = torch.nn.Embedding(5, 2)
     assert indices(Graph.of(embedding(torch.tensor([2, 0, 1])).sum(1)))() == []

@@ -188,7 +188,7 @@ class Tape:
             ):
                 found.setdefault(name, "used in layers of different kinds")
             if name in self._interception.frozen_uses:
-                found.setdefault(name, "used with and without gradient")
+                found.setdefault(name, "used with and without gradient, or read as numbers")
         return found
 
 

@@ -16,7 +16,7 @@ from tests.helpers.runs import ADAM, TRANSLATION, delta, distance, run, scalars,
 
 SPY = "spying_label_smoothed_cross_entropy"
 SPYING_USER_DIR = '''"""A user-dir of one's own, with a criterion that writes down which weights it saw in training."""
-import hashlib, os
+import ctypes, hashlib, os
 from fairseq.criterions import register_criterion
 from fairseq.criterions.label_smoothed_cross_entropy import (
     LabelSmoothedCrossEntropyCriterion, LabelSmoothedCrossEntropyCriterionConfig)
@@ -32,7 +32,9 @@ class SpyingCriterion(LabelSmoothedCrossEntropyCriterion):
         if self.training and torch.is_grad_enabled():
             digest = hashlib.sha256()
             for parameter in model.parameters():
-                digest.update(parameter.detach().numpy().tobytes())
+                # From memory: instance mode cannot know that what is read from a parameter is not used in the pass.
+                size = parameter.numel() * parameter.element_size()
+                digest.update(ctypes.string_at(parameter.data_ptr(), size))
             with open(os.environ["SPY"], "a") as notes:
                 notes.write(digest.hexdigest() + "\\n")
             calls = len(open(os.environ["SPY"]).readlines())

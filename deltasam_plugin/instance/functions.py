@@ -33,7 +33,7 @@ GRADIENT = Tensor.grad.__get__  # type: ignore[union-attr]
 
 
 @cache
-def writes(func: Callable[..., Any]) -> bool:
+def writes_in_place(func: Callable[..., Any]) -> bool:
     """Whether it writes to its first argument."""
     name = name_of(func)
     return name in ("__setitem__", "__iadd__", "__isub__", "__imul__") or (name[-1:] == "_" and name[-2:] != "__")

@@ -27,7 +27,7 @@ from deltasam_plugin.instance.functions import (
     TYPE_OR_SHAPE_ONLY,
     decides,
     name_of,
-    writes,
+    writes_in_place,
 )
 from deltasam_plugin.instance.slices import ParameterSlice, divided, indexed
 
@@ -96,58 +96,59 @@ class Interception(TorchFunctionMode):
         if composite is not None:
             with self:
                 return composite(*args, **kwargs)
+        given = (*args, *kwargs.values()) if kwargs else args
         if func in self._visited and "out" not in kwargs:
             result = self._visit(func, args, kwargs)
             if result is not NotImplemented:
-                self._note_detached(args, kwargs)
-                self._report_other_use(args, kwargs, result)
-                self._report(func, [slices for _, slices in self._found(args, kwargs) if len(slices) > 1])
+                self._note_detached(given)
+                self._report_other_use(given, result)
+                self._report(func, [slices for _, slices in self._found(given) if len(slices) > 1])
                 return result
-        if args and writes(func):
-            self._note_written(func, args, kwargs)
-        found = self._found(args, kwargs)
+        if args and writes_in_place(func):
+            self._note_written(func, given)
+        found = self._found(given)
         versions = [tensor._version for tensor, _ in found]
         result = func(*args, **kwargs)
-        self._computes_aside |= func in DETACHES and args[0].requires_grad
+        self._computes_aside |= func in DETACHES and given[0].requires_grad
         if not self.decides and decides(func):
-            self.decides = self._is_decision(args, result)
+            self.decides = self._is_decision(given, result)
         written = [slices for (tensor, slices), version in zip(found, versions) if tensor._version != version]
         self._report(func, written, "written to by")
         if func not in SUMS:
-            self._report_other_use(args, kwargs, result)
-        self._follow(func, args, kwargs, result, [slices for _, slices in found])
+            self._report_other_use(given, result)
+        self._follow(func, args, kwargs, given, result, [slices for _, slices in found])
         return result
 
-    def _note_written(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_written(self, func: Callable[..., Any], given: tuple[Any, ...]) -> None:
         """Note where rows with a gradient are written to, but for lists of indices: the graph has those."""
-        if not any(isinstance(value, Tensor) and value.requires_grad for value in (*args[1:], *kwargs.values())):
+        target, *others = given
+        if not any(isinstance(value, Tensor) and value.requires_grad for value in others):
             return
-        target = args[0]
         if func is Tensor.__setitem__:
-            places = args[1] if isinstance(args[1], tuple) else (args[1],)
+            places = others[0] if isinstance(others[0], tuple) else (others[0],)
             if any(isinstance(place, list | bool) or getattr(place, "ndim", 0) for place in places):
                 return
-            target = target[args[1]]
+            target = target[others[0]]
         if target._base is not None:
             self.written.append((target._base, target.storage_offset()))
 
-    def _is_decision(self, args: tuple[Any, ...], result: Any) -> bool:
+    def _is_decision(self, given: tuple[Any, ...], result: Any) -> bool:
         """Whether indices or a mask are made of numbers that the model may have computed."""
         results = result if isinstance(result, tuple) else (result,)
         if not any(isinstance(found, Tensor) and not found.is_floating_point() for found in results):
             return False
         aside = self._computes_aside or not torch.is_grad_enabled()
-        return any(isinstance(v, Tensor) and v.is_floating_point() and (aside or v.requires_grad) for v in args)
+        return any(isinstance(v, Tensor) and v.is_floating_point() and (aside or v.requires_grad) for v in given)
 
     def expand_in_sums(self, shared: Expandable) -> None:
         """Replace a result in sums where all samples share it: as if each had rows of its own."""
         self._expandable[id(shared.result)] = shared
 
-    def _report_other_use(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _report_other_use(self, given: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, list | tuple) else (output,)
         if not self._expandable or not any(isinstance(value, Tensor) for value in outputs):
             return
-        for shared in (self._expandable.get(id(argument)) for argument in (*args, *kwargs.values())):
+        for shared in (self._expandable.get(id(argument)) for argument in given):
             if shared is not None and shared.result is not output:  # x.to(device) may be x
                 shared.on_other_use()
 
@@ -159,9 +160,9 @@ class Interception(TorchFunctionMode):
         shape = tuple(torch.broadcast_shapes(shared.result.shape, others[0].shape))
         return argument if shape == tuple(shared.result.shape) else shared.expanded(shape)
 
-    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Tensor, tuple[ParameterSlice, ...]]]:
+    def _found(self, given: tuple[Any, ...]) -> list[tuple[Tensor, tuple[ParameterSlice, ...]]]:
         known, found = self._known, []
-        for argument in (*args, *kwargs.values()) if kwargs else args:
+        for argument in given:
             if id(argument) in known:
                 found.append(known[id(argument)])
             elif isinstance(argument, list | tuple):
@@ -177,6 +178,7 @@ class Interception(TorchFunctionMode):
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        given: tuple[Any, ...],
         result: Any,
         found: list[tuple[ParameterSlice, ...]],
     ) -> None:
@@ -186,8 +188,7 @@ class Interception(TorchFunctionMode):
             return
         results = result if isinstance(result, list | tuple) else (result,)
         tensors, name = [r for r in results if isinstance(r, Tensor)], name_of(func)
-        others = (*args[1:], *kwargs.values())
-        if func is GRADIENT or (MAKES.match(name) and not any(self._is_known(other) for other in others)):
+        if func is GRADIENT or (MAKES.match(name) and not any(map(self._is_known, given[1:]))):
             return
         outputs = [r for r in tensors if id(r) not in self._known]
         numbers = not tensors and result is not None and result is not NotImplemented
@@ -195,7 +196,7 @@ class Interception(TorchFunctionMode):
         tells = tells and not LOOKS.match(name)
         computes = tells or any(output.is_floating_point() for output in outputs)
         if computes:
-            self._note_detached(args, kwargs)
+            self._note_detached(given)
         if not found:
             return
         if func in DETACHES and outputs:
@@ -224,9 +225,9 @@ class Interception(TorchFunctionMode):
     def _is_known(self, argument: Any) -> bool:
         return id(argument) in self._known or id(argument) in self._detached
 
-    def _note_detached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _note_detached(self, given: tuple[Any, ...]) -> None:
         if self._detached:
-            used = [argument for argument in (*args, *kwargs.values()) if id(argument) in self._detached]
+            used = [argument for argument in given if id(argument) in self._detached]
             self.frozen_uses.update(self._detached[id(argument)][1] for argument in used)
 
     def _learn(self, tensor: Tensor, slices: tuple[ParameterSlice, ...]) -> None:

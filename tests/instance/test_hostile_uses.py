@@ -421,6 +421,7 @@ def test_a_pass_that_differentiates_by_torch_func(mode: str) -> None:
         lambda x: x * torch.ones(3, 1, dtype=x.dtype).expand(size=(len(x), 3, 1)),
         lambda x: torch.add(x, 2, x),
         lambda x: x + _inference_tensor(x),
+        lambda x: x + 0 * torch.detach(input=torch.zeros_like(x)),
     ],
 )
 def test_calls_in_unusual_forms(use: Callable[[Tensor], Tensor]) -> None:
